@@ -1,0 +1,1 @@
+"""Gateway, support service, queue and store adapters, monitoring and the command line."""

@@ -1,0 +1,91 @@
+"""Commands: imperative orders of the engine. A world performs one only after the step that ordered it is durable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.resources import Demand, GpuGrant
+from engine.tasks import Micros, TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePod:
+    """Create a Pod on a node, on these devices. Answered by PodStarted or PodStopped."""
+
+    pod: int
+    node: str
+    method: str
+    model: str
+    grants: tuple[GpuGrant, ...]
+    demand: Demand
+    """What the Pod takes of the node; `gpu_memory_bytes` is its cap per GPU."""
+    slots: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePod:
+    """Stop a Pod. Answered by PodStopped; the devices stay taken until then."""
+
+    pod: int
+    reason: str
+    grace_us: Micros = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartTask:
+    """Run an attempt in a slot of a started Pod. Answered by TaskStarted, then TaskFinished or TaskFailed."""
+
+    req_no: str
+    attempt: int
+    pod: int
+    node: str
+    rank: int = 0
+    checkpoint: str = ""
+    """Resume from here; empty: from the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopTask:
+    """Stop an attempt between two steps. Answered by TaskStopped (or TaskFinished, when that was faster)."""
+
+    req_no: str
+    attempt: int
+    pod: int
+    node: str
+    rank: int = 0
+    grace_us: Micros = 0
+    reason: str = ""
+    keep_checkpoint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchModel:
+    """Bring a model's files to a node's cache ahead of need."""
+
+    node: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleNodes:
+    """Ask whoever owns machines for this many nodes in all. Advisory."""
+
+    nodes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Tell SS that a task changed its state. `reason` is a `Reason` constant or a failure cause; `detail` is for people."""
+
+    req_no: str
+    state: TaskState
+    attempt: int = 0
+    reason: str = ""
+    detail: str = ""
+    result: str = ""
+    node: str = ""
+    at: Micros = 0
+
+
+Command = CreatePod | DeletePod | StartTask | StopTask | PrefetchModel | ScaleNodes | Notify

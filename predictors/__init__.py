@@ -1,0 +1,1 @@
+"""Container resource prediction: how long, how much memory, how likely to fail."""
