@@ -1,0 +1,178 @@
+"""Configuration: defaults, then a TOML file, then ``AIGC_*`` environment variables, then flags; later ones win.
+
+Nested fields are spelled with two underscores in the environment: ``AIGC_GATEWAY__PORT=9000``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+GIB = 1 << 30
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class GatewaySection(_Section):
+    """The gateway (GW): what faces customers."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    public_url: str = ""
+    """Base of links handed to customers; empty: the address the gateway listens on."""
+    rate_per_second: float = Field(20.0, gt=0)
+    """Requests a tenant may send per second, sustained."""
+    burst: int = Field(60, ge=1)
+    max_concurrent: int = Field(64, ge=1)
+    """Requests a tenant may have in flight at the gateway."""
+    max_body_bytes: int = Field(32 << 20, ge=1024)
+    link_ttl_s: int = Field(3600, ge=1)
+    """Life of a signed link to a picture."""
+    sync_timeout_s: float = Field(300.0, gt=0)
+    """Longest wait of the synchronous images route."""
+    jwt_algorithm: Literal["", "HS256", "RS256", "ES256"] = ""
+    jwt_key: str = ""
+    """Secret (HS256) or public key (PEM); empty: JWT is off."""
+    jwt_issuer: str = ""
+    jwt_audience: str = "aigc"
+
+
+class SchedulerSection(_Section):
+    """The support service (SS) and the scheduler (SM), one process."""
+
+    profile: str = "aigc"
+    """Name of a profile, or path of a TOML file with one."""
+    bind: str = "tcp://127.0.0.1:5570"
+    """Where agents connect; CURVE is always on."""
+    internal_host: str = "127.0.0.1"
+    internal_port: int = Field(8081, ge=0, le=65535)
+    """Loopback HTTP from the gateway to SS."""
+    forecaster: Literal["online", "declared", "none"] = "online"
+    lease_ms: int = Field(10_000, ge=500)
+    heartbeat_ms: int = Field(1_000, ge=50)
+    snapshot_every: int = Field(20_000, ge=100)
+    """Steps between two snapshots of the journal."""
+
+
+class AgentSection(_Section):
+    """A node agent."""
+
+    connect: str = "tcp://127.0.0.1:5570"
+    name: str = ""
+    """Node name; empty: the host's name."""
+    devices: str = "auto"
+    """``auto``, ``nvml``, ``cpu:N`` or ``file:PATH`` (a JSON inventory)."""
+
+
+class MethodSection(_Section):
+    """What a Pod of one AI method asks for by default."""
+
+    gpus: int = Field(1, ge=0)
+    gpu_share: int = Field(1000, ge=1, le=1000)
+    gpu_memory_bytes: int = Field(0, ge=0)
+    cpu_milli: int = Field(0, ge=0)
+    memory_bytes: int = Field(0, ge=0)
+    slots: int = Field(1, ge=1)
+    max_attempts: int = Field(3, ge=1, le=20)
+    run_limit_s: int = Field(3600, ge=1)
+
+
+def _default_methods() -> dict[str, MethodSection]:
+    return {
+        "text_to_image": MethodSection(run_limit_s=1800),
+        "dreambooth": MethodSection(run_limit_s=6 * 3600),
+        "sleep": MethodSection(run_limit_s=24 * 3600),
+    }
+
+
+class TenantSection(_Section):
+    """Weight and limits of one tenant in the scheduler; 0 means no limit."""
+
+    weight: int = Field(1, ge=1)
+    max_pending: int = Field(0, ge=0)
+    max_running: int = Field(0, ge=0)
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured; `docs/configuration.md` is checked against this class."""
+
+    model_config = SettingsConfigDict(env_prefix="AIGC_", env_nested_delimiter="__", extra="forbid")
+
+    state_dir: Path = Path("aigc-state")
+    """Everything durable lies here: queue, journal, store, keys, files."""
+    store_url: str = ""
+    """File store: ``file:///dir``, ``memory://`` or ``s3://bucket/prefix``; empty: ``files/`` under `state_dir`."""
+    models_dir: Path | None = None
+    """Each subdirectory is a model in diffusers' format, used by its name; the bundled ``tiny`` is always there."""
+    default_model: str = "tiny"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    gateway: GatewaySection = Field(default_factory=GatewaySection)
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
+    agent: AgentSection = Field(default_factory=AgentSection)
+    methods: dict[str, MethodSection] = Field(default_factory=_default_methods)
+    tenants: dict[str, TenantSection] = Field(default_factory=dict)
+
+    def files_url(self) -> str:
+        """Return the file store's URL with the default filled in."""
+        return self.store_url or (self.state_dir.resolve() / "files").as_uri()
+
+    def gateway_url(self) -> str:
+        """Return the base URL customers use."""
+        return self.gateway.public_url or f"http://{self.gateway.host}:{self.gateway.port}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: flags, environment, TOML file."""
+        toml = _toml_path
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if toml is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, toml_file=toml))
+        return tuple(sources)
+
+
+_toml_path: Path | None = None
+
+
+class ConfigurationError(ValueError):
+    """The configuration is wrong; the message names each field and what it should be."""
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Read the configuration; `config` (or ``AIGC_CONFIG``, or ``aigc.toml`` where present) is the TOML file.
+
+    Raises ConfigurationError naming the fields that are wrong.
+    """
+    global _toml_path
+    path = config or (Path(os.environ["AIGC_CONFIG"]) if os.environ.get("AIGC_CONFIG") else None)
+    if path is None and Path("aigc.toml").is_file():
+        path = Path("aigc.toml")
+    if path is not None and not path.is_file():
+        raise ConfigurationError(
+            f"configuration file {path} does not exist; give the path of a TOML file or leave it out"
+        )
+    _toml_path = path
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise ConfigurationError("the configuration is wrong:\n" + "\n".join(lines)) from error
+    finally:
+        _toml_path = None
+    settings.methods = {**_default_methods(), **settings.methods}
+    return settings
