@@ -9,6 +9,16 @@ from engine.tasks import Micros, TaskState
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Room on a node that a waiting task claims while the Pods or tasks in its way go; worlds ignore it."""
+
+    req_no: str
+    node: str
+    grants: tuple[GpuGrant, ...]
+    demand: Demand
+
+
+@dataclass(frozen=True, slots=True)
 class CreatePod:
     """Create a Pod on a node, on these devices. Answered by PodStarted or PodStopped."""
 
@@ -20,6 +30,10 @@ class CreatePod:
     demand: Demand
     """What the Pod takes of the node; `gpu_memory_bytes` is its cap per GPU."""
     slots: int = 1
+    req_no: str = ""
+    """The task that is bound to this Pod; empty: kept warm for whoever comes."""
+    attempt: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,8 @@ class DeletePod:
     pod: int
     reason: str
     grace_us: Micros = 0
+    room: Room | None = None
+    """Whom it makes room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,8 @@ class StopTask:
     grace_us: Micros = 0
     reason: str = ""
     keep_checkpoint: bool = False
+    room: Room | None = None
+    """Whom it makes room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +104,11 @@ class Notify:
     result: str = ""
     node: str = ""
     at: Micros = 0
+    until: Micros = 0
+    """When a task in BACKOFF is tried again."""
+    pod: int = 0
+    """The warm Pod that `rank` of a gang waits in, while the others' Pods are being created."""
+    rank: int = 0
 
 
 Command = CreatePod | DeletePod | StartTask | StopTask | PrefetchModel | ScaleNodes | Notify
