@@ -17,31 +17,38 @@ GIB = 1 << 30
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class GatewaySection(_Section):
     """The gateway (GW): what faces customers."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = Field(8080, ge=0, le=65535)
+    """Port to listen on; 0: any free one."""
     public_url: str = ""
     """Base of links handed to customers; empty: the address the gateway listens on."""
     rate_per_second: float = Field(20.0, gt=0)
     """Requests a tenant may send per second, sustained."""
     burst: int = Field(60, ge=1)
+    """Requests a tenant may send at once after a pause."""
     max_concurrent: int = Field(64, ge=1)
     """Requests a tenant may have in flight at the gateway."""
     max_body_bytes: int = Field(32 << 20, ge=1024)
+    """Largest request body."""
     link_ttl_s: int = Field(3600, ge=1)
     """Life of a signed link to a picture."""
     sync_timeout_s: float = Field(300.0, gt=0)
     """Longest wait of the synchronous images route."""
     jwt_algorithm: Literal["", "HS256", "RS256", "ES256"] = ""
+    """The one algorithm that tokens may use."""
     jwt_key: str = ""
     """Secret (HS256) or public key (PEM); empty: JWT is off."""
     jwt_issuer: str = ""
+    """Required `iss` of tokens."""
     jwt_audience: str = "aigc"
+    """Required `aud` of tokens."""
 
 
 class SchedulerSection(_Section):
@@ -52,11 +59,15 @@ class SchedulerSection(_Section):
     bind: str = "tcp://127.0.0.1:5570"
     """Where agents connect; CURVE is always on."""
     internal_host: str = "127.0.0.1"
+    """Address of SS's internal HTTP; keep it on loopback or a private network."""
     internal_port: int = Field(8081, ge=0, le=65535)
     """Loopback HTTP from the gateway to SS."""
     forecaster: Literal["online", "declared", "none"] = "online"
+    """What stamps predictions on tasks: the online predictor, the declared durations, or nothing."""
     lease_ms: int = Field(10_000, ge=500)
+    """How long an agent may run on without a heartbeat being answered."""
     heartbeat_ms: int = Field(1_000, ge=50)
+    """How often an agent sends a heartbeat."""
     snapshot_every: int = Field(20_000, ge=100)
     """Steps between two snapshots of the journal."""
 
@@ -65,6 +76,7 @@ class AgentSection(_Section):
     """A node agent."""
 
     connect: str = "tcp://127.0.0.1:5570"
+    """The scheduler's `bind`, as this machine reaches it."""
     name: str = ""
     """Node name; empty: the host's name."""
     devices: str = "auto"
@@ -75,13 +87,21 @@ class MethodSection(_Section):
     """What a Pod of one AI method asks for by default."""
 
     gpus: int = Field(1, ge=0)
+    """GPUs of a Pod."""
     gpu_share: int = Field(1000, ge=1, le=1000)
+    """Share of each GPU in thousandths; 1000: the whole device."""
     gpu_memory_bytes: int = Field(0, ge=0)
+    """Memory on each GPU; 0: as predicted, the whole card at most."""
     cpu_milli: int = Field(0, ge=0)
+    """CPU in thousandths of a core; 0: no limit."""
     memory_bytes: int = Field(0, ge=0)
+    """Host memory; 0: no limit."""
     slots: int = Field(1, ge=1)
+    """Tasks a Pod may hold at once."""
     max_attempts: int = Field(3, ge=1, le=20)
+    """Attempts before a task goes to the dead letter."""
     run_limit_s: int = Field(3600, ge=1)
+    """Longest run of one attempt."""
 
 
 def _default_methods() -> dict[str, MethodSection]:
@@ -96,14 +116,19 @@ class TenantSection(_Section):
     """Weight and limits of one tenant in the scheduler; 0 means no limit."""
 
     weight: int = Field(1, ge=1)
+    """Share of the cluster relative to other tenants."""
     max_pending: int = Field(0, ge=0)
+    """Waiting tasks at most."""
     max_running: int = Field(0, ge=0)
+    """Running tasks at most."""
 
 
 class Settings(BaseSettings):
     """Everything that can be configured; `docs/configuration.md` is checked against this class."""
 
-    model_config = SettingsConfigDict(env_prefix="AIGC_", env_nested_delimiter="__", extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="AIGC_", env_nested_delimiter="__", extra="forbid", use_attribute_docstrings=True
+    )
 
     state_dir: Path = Path("aigc-state")
     """Everything durable lies here: queue, journal, store, keys, files."""
@@ -112,7 +137,9 @@ class Settings(BaseSettings):
     models_dir: Path | None = None
     """Each subdirectory is a model in diffusers' format, used by its name; the bundled ``tiny`` is always there."""
     default_model: str = "tiny"
+    """Model of generation requests that name none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log line that is written."""
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
     agent: AgentSection = Field(default_factory=AgentSection)
@@ -176,3 +203,24 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         _toml_path = None
     settings.methods = {**_default_methods(), **settings.methods}
     return settings
+
+
+def settings_table() -> str:
+    """Return a Markdown table of every field: name, type, default, meaning."""
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+
+    def visit(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                visit(kind, f"{prefix}{name}.")
+            elif name in {"methods", "tenants"}:
+                section, key = (MethodSection, "NAME") if name == "methods" else (TenantSection, "TENANT")
+                visit(section, f"{prefix}{name}.{key}.")
+            else:
+                default = field.get_default(call_default_factory=True, validated_data={})
+                shown = "" if default in ("", None) else f"`{default}`"
+                rows.append(f"| `{prefix}{name}` | {shown} | {' '.join((field.description or '').split())} |")
+
+    visit(Settings, "")
+    return "\n".join(rows) + "\n"

@@ -54,7 +54,8 @@ def test_a_part_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> No
 
 def test_a_part_that_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
     flag = tmp_path / "ready"
-    code = f"import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
+    ignore = "import signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    code = f"{ignore}; pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
     part = Part("stubborn", [sys.executable, "-c", code], tmp_path / "log", ready=flag.exists)
     supervisor = Supervisor([part], lambda line: None)
     supervisor.start()

@@ -1,0 +1,132 @@
+"""`aigc jobs`: list, show, why, cancel, watch."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from api.cli.client import GatewayClient
+from api.cli.options import DEFAULT_STATE, Json, Key, State, Url
+from api.cli.output import Exit, err, out, print_facts, print_json, print_rows
+
+app = typer.Typer(no_args_is_help=True, help="Jobs: list, show, why, cancel, watch.")
+
+COLUMNS = (
+    "req_no",
+    "task_type",
+    "method",
+    "model",
+    "group",
+    "priority",
+    "state",
+    "node",
+    "progress",
+    "waited_s",
+    "ran_s",
+)
+TERMINAL = {"finished", "cancelled", "rejected", "dead"}
+ReqNo = Annotated[str, typer.Argument(help="The job's reqNo.")]
+
+
+@app.command("list")
+def list_jobs(
+    state: Annotated[str, typer.Option(help="Only jobs in this state.")] = "",
+    group: Annotated[str, typer.Option(help="Only jobs of this group.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many at most, newest first.")] = 50,
+    url: Url = "",
+    key: Key = "",
+    state_dir: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first."""
+    client = GatewayClient(url, key, state_dir)
+    jobs: list[dict[str, Any]] = []
+    cursor = ""
+    while len(jobs) < limit:
+        wanted = {"limit": min(100, limit - len(jobs)), "state": state, "group": group, "cursor": cursor}
+        page = client.request("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value})
+        jobs.extend(page["data"])
+        cursor = page.get("next_cursor") or ""
+        if not cursor:
+            break
+    print_rows(jobs if as_json else [row(job) for job in jobs], COLUMNS, as_json)
+
+
+@app.command()
+def show(req_no: ReqNo, url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Show one job with its parameters and result."""
+    print_facts(GatewayClient(url, key, state_dir).request("GET", f"/v1/jobs/{req_no}"), as_json)
+
+
+@app.command()
+def why(req_no: ReqNo, url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Say every reason that keeps a job waiting, with what is missing."""
+    answer = GatewayClient(url, key, state_dir).request("GET", f"/v1/jobs/{req_no}/why")
+    if as_json:
+        print_json(answer)
+        return
+    blockers = answer["data"] if isinstance(answer, dict) else answer
+    if not blockers:
+        out.print("nothing keeps it waiting")
+    for blocker in blockers:
+        missing = ", ".join(f"{name}={value}" for name, value in (blocker.get("missing") or {}).items())
+        out.print(
+            f"{blocker['reason']}: {blocker.get('message', '')}" + (f" ({missing})" if missing else ""), markup=False
+        )
+
+
+@app.command()
+def cancel(
+    req_no: ReqNo, url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, as_json: Json = False
+) -> None:
+    """Cancel a job; returns when it is certain. Exit code 1 when the result came first."""
+    job = GatewayClient(url, key, state_dir).request("POST", f"/v1/jobs/{req_no}/cancel")
+    if as_json:
+        print_json(job)
+    else:
+        out.print(f"{req_no} is {job['state']}")
+    if job["state"] != "cancelled":
+        raise typer.Exit(int(Exit.FAILED))
+
+
+@app.command()
+def watch(req_no: ReqNo, url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Follow a job until it ends. Exit code 0 only when it finished."""
+    client = GatewayClient(url, key, state_dir)
+    final = follow(client, req_no, quiet=as_json)
+    if as_json:
+        print_json(final)
+    if final["state"] != "finished":
+        raise typer.Exit(int(Exit.FAILED))
+
+
+def follow(client: GatewayClient, req_no: str, quiet: bool = False) -> dict[str, Any]:
+    """Read a job's events until it is terminal, saying each change on stderr; returns the job."""
+    said: tuple[Any, ...] = ()
+    for event in client.stream(f"/v1/jobs/{req_no}/events"):
+        view = event.get("view", event)
+        now = (view["state"], view.get("progress_done"), view.get("attempt"))
+        if now != said and not quiet:
+            steps = f" {view['progress_done']}/{view['progress_total']}" if view.get("progress_total") else ""
+            where = f" on {view['node']}" if view.get("node") else ""
+            err.print(f"{req_no[:8]} {view['state']}{steps}{where} {view.get('reason') or ''}".rstrip(), markup=False)
+            said = now
+        if view["state"] in TERMINAL:
+            break
+    job: dict[str, Any] = client.request("GET", f"/v1/jobs/{req_no}")
+    return job
+
+
+def row(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job with the columns of the list worked out."""
+    started, ended = job.get("started_at"), job.get("finished_at")
+    submitted = float(job["submitted_at"])
+    first = started or ended or time.time()
+    return {
+        **job,
+        "progress": f"{job['progress_done']}/{job['progress_total']}" if job.get("progress_total") else "",
+        "waited_s": f"{max(first - submitted, 0):.1f}",
+        "ran_s": f"{(ended or time.time()) - started:.1f}" if started else "",
+    }

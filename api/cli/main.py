@@ -1,0 +1,66 @@
+"""The root of the command line: wires the groups together and turns known errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from api.cli import jobs, models, nodes, operate, predict, replay, requests, simulate
+from api.cli.output import Exit, err, out
+from api.settings import ConfigurationError
+
+app = typer.Typer(
+    name="aigc",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Schedule image generation and model training on GPUs: simulate it, run it, watch it.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(operate.up)
+app.command()(operate.demo)
+app.command()(operate.gateway)
+app.command()(operate.scheduler)
+app.command()(operate.agent)
+app.command()(operate.doctor)
+app.command()(simulate.simulate)
+app.add_typer(predict.app, name="predict")
+app.command()(requests.generate)
+app.command()(requests.train)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(nodes.app, name="nodes")
+app.add_typer(models.app, name="models")
+app.add_typer(operate.keys_app, name="keys")
+app.command()(replay.replay)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"aigc {version('aigc-platform')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app(standalone_mode=True)
+    except ConfigurationError as error:
+        err.print(f"[red]error:[/red] {error}")
+        sys.exit(Exit.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(Exit.OK)

@@ -1,0 +1,144 @@
+"""`aigc generate` and `aigc train`: a request from the shell, followed to its result."""
+
+from __future__ import annotations
+
+import mimetypes
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from api.cli.client import GatewayClient
+from api.cli.jobs import follow
+from api.cli.options import DEFAULT_STATE, Json, Key, State, Url
+from api.cli.output import Exit, err, fail, out, print_json
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    model: Annotated[str, typer.Option(help="Model id; `tiny` comes with the package.")] = "tiny",
+    negative_prompt: Annotated[str, typer.Option(help="What it must not show.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=64, help="Number of pictures.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    size: Annotated[str, typer.Option(help="Width x height in pixels, such as 64x64. Default: the model's own.")] = "",
+    priority: Annotated[int, typer.Option(help="100 and above is urgent.")] = 0,
+    group: Annotated[str, typer.Option(help="Requests of one group go to the same node.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures.")] = Path("."),
+    wait: Annotated[bool, typer.Option(help="Wait for the pictures.")] = True,
+    url: Url = "",
+    key: Key = "",
+    state_dir: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Generate pictures from text and download them."""
+    parameters: dict[str, Any] = {"prompt": prompt, "count": count}
+    optional = {"negative_prompt": negative_prompt or None, "seed": seed, "steps": steps, "guidance": guidance}
+    parameters |= {name: value for name, value in optional.items() if value is not None}
+    if size:
+        width, _, height = size.lower().partition("x")
+        if not (width.isdigit() and height.isdigit()):
+            fail(f"--size: {size!r} is not WIDTHxHEIGHT, such as 512x512", Exit.USAGE)
+        parameters |= {"width": int(width), "height": int(height)}
+    client = GatewayClient(url, key, state_dir)
+    job = submit(client, "GC", "text_to_image", parameters, model=model, priority=priority, group=group)
+    if not wait:
+        _say(job, as_json)
+        return
+    job = follow(client, job["req_no"], quiet=as_json)
+    if job["state"] == "finished":
+        output.mkdir(parents=True, exist_ok=True)
+        job["saved"] = [str(path) for path in download(client, job, output)]
+    _end(job, as_json)
+
+
+def train(
+    pictures: Annotated[list[Path], typer.Argument(help="3 to 5 pictures of the subject.")],
+    category: Annotated[str, typer.Option(help="What the subject is, one noun: dog, robot.")],
+    base_model: Annotated[str, typer.Option(help="Model to personalise.")] = "tiny",
+    method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    priority: Annotated[int, typer.Option(help="100 and above is urgent.")] = 0,
+    group: Annotated[str, typer.Option(help="Requests of one group go to the same node.")] = "",
+    wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
+    url: Url = "",
+    key: Key = "",
+    state_dir: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Train a personalised model from a few pictures (DreamBooth); prints its model id."""
+    missing = [str(picture) for picture in pictures if not picture.is_file()]
+    if missing:
+        fail(f"no such picture: {', '.join(missing)}", Exit.USAGE)
+    client = GatewayClient(url, key, state_dir)
+    parameters: dict[str, Any] = {
+        "pictures": [upload(client, picture) for picture in pictures],
+        "category": category,
+        "base_model": base_model,
+        "method": method,
+    }
+    parameters |= {name: value for name, value in {"steps": steps, "seed": seed}.items() if value is not None}
+    job = submit(client, "TP", "dreambooth", parameters, priority=priority, group=group)
+    if not wait:
+        _say(job, as_json)
+        return
+    _end(follow(client, job["req_no"], quiet=as_json), as_json)
+
+
+def submit(
+    client: GatewayClient,
+    task_type: str,
+    method: str,
+    parameters: dict[str, Any],
+    *,
+    model: str = "",
+    priority: int = 0,
+    group: str = "",
+) -> dict[str, Any]:
+    """Submit a job and return the gateway's answer."""
+    body = {"task_type": task_type, "method": method, "parameters": parameters, "priority": priority, "group": group}
+    if model:
+        body["model"] = model
+    job: dict[str, Any] = client.request("POST", "/v1/jobs", json=body)
+    return job
+
+
+def upload(client: GatewayClient, picture: Path) -> str:
+    """Upload a picture and return its file id."""
+    media_type = mimetypes.guess_type(picture.name)[0] or "application/octet-stream"
+    with picture.open("rb") as file:
+        answer = client.request("POST", "/v1/uploads", files={"file": (picture.name, file, media_type)})
+    return str(answer["file_id"])
+
+
+def download(client: GatewayClient, job: dict[str, Any], directory: Path) -> list[Path]:
+    """Download a finished job's pictures; returns their paths."""
+    saved = []
+    for number, file in enumerate((job.get("result") or {}).get("files", [])):
+        if not str(file.get("media_type", "")).startswith("image/"):
+            continue
+        path = directory / f"{job['req_no'][:8]}-{number}{mimetypes.guess_extension(file['media_type']) or '.bin'}"
+        client.download(file["url"], path)
+        saved.append(path)
+    return saved
+
+
+def _say(job: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    else:
+        out.print(job["req_no"], markup=False)
+
+
+def _end(job: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    elif job["state"] == "finished":
+        for line in job.get("saved") or [(job.get("result") or {}).get("model", "")]:
+            out.print(line, markup=False)
+    else:
+        err.print(f"{job['req_no']} is {job['state']}: {job.get('reason', '')} {job.get('detail', '')}", markup=False)
+    if job["state"] != "finished":
+        raise typer.Exit(int(Exit.FAILED))

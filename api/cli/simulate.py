@@ -1,0 +1,72 @@
+"""`aigc simulate`: the production engine over a simulated cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api.cli.options import Json
+from api.cli.output import Exit, err, fail, out, print_json, progress_bar
+
+
+def simulate(
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Workload: GenTD26's lora_request_trace.csv, or your own CSV/JSONL. Without: synthetic."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs on each node.")] = 8,
+    gpu_model: Annotated[str, typer.Option(help="GPU model of every node.")] = "a100",
+    profile: Annotated[str, typer.Option(help="Scheduling profile: a name, or a TOML file.")] = "aigc",
+    compare: Annotated[str, typer.Option(help="Profiles to run side by side: fifo,kube-default,aigc")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    forecaster: Annotated[str, typer.Option(help="online, declared or oracle.")] = "online",
+    rate_scale: Annotated[float, typer.Option(help="Multiply the arrival rate.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N tasks.")] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of the synthetic workload.")] = 10_000,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(help="Mean time between failures of a node; without: none fails.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the engine over a trace on a simulated cluster and print what customers would have seen.
+
+    Example: `aigc simulate --trace lora_request_trace.csv --nodes 8 --compare fifo,kube-default,aigc --html report.html`
+    """
+    from sim import simulate as simulation
+
+    try:
+        config = simulation.SimulationConfig(
+            trace=trace,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            gpu_model=gpu_model,
+            profile=profile,
+            seed=seed,
+            forecaster=forecaster,
+            rate_scale=rate_scale,
+            limit=limit,
+            synthetic_tasks=tasks,
+            mtbf_hours=mtbf_hours,
+        )
+        names = [name.strip() for name in compare.split(",") if name.strip()]
+        with progress_bar("simulating") as update:
+            results = simulation.compare(config, names, update) if names else [simulation.simulate(config, update)]
+    except FileNotFoundError as error:
+        fail(str(error), Exit.UNREACHABLE)
+    except ValueError as error:
+        fail(str(error), Exit.USAGE)
+    if as_json:
+        print_json([result.to_json() for result in results] if names else results[0].to_json())
+    else:
+        out.print(simulation.render_table(results))
+    if output is not None:
+        simulation.write_json(results, output)
+        err.print(f"result written to {output}")
+    if html is not None:
+        simulation.write_html(results, html)
+        err.print(f"report written to {html}")
