@@ -1,0 +1,189 @@
+"""The parameters of every AI method, checked before anything is queued; importing this file imports no torch.
+
+Bounds are the platform's outer limits. What a particular model cannot do is refused by the method itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+MAX_PROMPT_CHARS = 2000
+MAX_SIDE_PX = 2048
+MAX_PIXELS_PER_JOB = 16 * 1024 * 1024
+MAX_SEED = 2**53 - 1
+"""Largest integer that every JSON reader keeps exactly."""
+
+SchedulerName = Literal[
+    "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "pndm", "lms", "heun", "deis", "lcm"
+]
+FileId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldProblem:
+    """One parameter that is wrong, and why."""
+
+    field: str
+    message: str
+
+
+class ParameterError(ValueError):
+    """Parameters are refused; `problems` names every field, `field` and `message` are the first one's."""
+
+    def __init__(self, problems: tuple[FieldProblem, ...]) -> None:
+        super().__init__("; ".join(f"{p.field}: {p.message}" for p in problems))
+        self.problems = problems
+
+    @property
+    def field(self) -> str:
+        return self.problems[0].field
+
+    @property
+    def message(self) -> str:
+        return self.problems[0].message
+
+
+class _Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+
+
+class TextToImageParameters(_Parameters):
+    """Pictures from a text."""
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
+    """What the pictures show."""
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
+    """What they should not show."""
+    model: ModelId = "tiny"
+    """A base model or a trained one."""
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    """Picture k of a job uses seed + k; absent: a random seed is taken and reported."""
+    steps: int = Field(20, ge=1, le=150)
+    """Denoising steps."""
+    guidance: float | None = Field(None, ge=0.0, le=30.0)
+    """How strongly the prompt is followed; up to 1 switches guidance off; absent: the model's own default."""
+    width: int | None = Field(None, ge=64, le=MAX_SIDE_PX, multiple_of=8)
+    """Pixels; absent: the model's native size."""
+    height: int | None = Field(None, ge=64, le=MAX_SIDE_PX, multiple_of=8)
+    """Pixels; absent: the model's native size."""
+    count: int = Field(1, ge=1, le=16)
+    """Pictures to make."""
+    scheduler: SchedulerName | None = None
+    """Sampler by name; absent: the model's own."""
+    adapter_scale: float = Field(1.0, ge=0.0, le=2.0)
+    """How much of a trained model's difference to its base is applied."""
+    format: Literal["png"] = "png"
+    """File format of the pictures."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must say something, not only spaces")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextToImageParameters:
+        pixels = (self.width or 64) * (self.height or 64) * self.count
+        if pixels > MAX_PIXELS_PER_JOB:
+            raise ValueError(
+                f"count: {self.count} pictures of {self.width}x{self.height} are {pixels} pixels, more than "
+                f"{MAX_PIXELS_PER_JOB} in one job; lower count, width or height"
+            )
+        return self
+
+
+class DreamBoothParameters(_Parameters):
+    """Teach a base model one subject from a few pictures of it."""
+
+    pictures: tuple[FileId, ...] = Field(min_length=3, max_length=5)
+    """File ids of 3 to 5 uploaded pictures of the subject."""
+    category: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z][A-Za-z -]*$")
+    """The class noun: what the subject is one of, like ``dog``."""
+    instance_token: str = Field("sks", min_length=2, max_length=20, pattern=r"^[a-z0-9]+$")
+    """The rare word that will name the subject in prompts: "a photo of sks dog"."""
+    base_model: ModelId = "tiny"
+    """The model to start from."""
+    method: Literal["lora", "full"] = "lora"
+    """Small adapter (LoRA), or all weights."""
+    rank: int = Field(8, ge=1, le=128)
+    """Rank of the adapter; LoRA only."""
+    steps: int = Field(300, ge=1, le=20_000)
+    """Training steps."""
+    learning_rate: float | None = Field(None, gt=0.0, le=0.1)
+    """Peak of the linear decay; absent: fits the method and the base model."""
+    batch: int = Field(4, ge=1, le=16)
+    """Subject pictures a step, and as many prior pictures."""
+    prior_preservation: bool = True
+    """Train on the base model's own pictures too, so that it forgets nothing."""
+    prior_weight: float = Field(1.0, ge=0.0, le=10.0)
+    """Weight of the prior pictures in the loss."""
+    prior_pictures: int = Field(48, ge=2, le=500)
+    """Prior pictures made by the base model: half of the category, half of general prompts."""
+    prior_prompts: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field((), max_length=200)
+    """General prompts for the prior; absent: the base model's own list, or a built-in one."""
+    text_encoder: bool = True
+    """Train the text encoder along with the UNet."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
+    size: int | None = Field(None, ge=64, le=1024, multiple_of=8)
+    """Side in pixels that pictures are cut to; absent: the model's native size."""
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    """Equal seeds give equal trainings on one machine."""
+
+    @field_validator("pictures")
+    @classmethod
+    def _differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("must all differ; a picture is named twice")
+        return value
+
+
+class SleepParameters(_Parameters):
+    """Do nothing for a while: for tests, drills and measurements of the platform itself."""
+
+    seconds: float = Field(1.0, ge=0.0, le=86_400.0)
+    """How long."""
+    steps: int = Field(10, ge=1, le=100_000)
+    """Into how many steps the time is cut; progress and cancel come between them."""
+    fail: Literal["crash", "oom", "error"] | None = None
+    """Fail after half of the steps: kill the own process, run out of memory, or raise."""
+
+
+PARAMETERS: dict[str, type[BaseModel]] = {
+    "text_to_image": TextToImageParameters,
+    "dreambooth": DreamBoothParameters,
+    "sleep": SleepParameters,
+}
+
+
+def validate(method: str, parameters: Mapping[str, Any]) -> BaseModel:
+    """Check parameters of a method; raises ParameterError that names every wrong field."""
+    model = PARAMETERS.get(method)
+    if model is None:
+        known = ", ".join(sorted(PARAMETERS))
+        raise ParameterError((FieldProblem("method", f"{method!r} is unknown; choose one of: {known}"),))
+    try:
+        return model.model_validate(dict(parameters))
+    except ValidationError as error:
+        raise ParameterError(_problems(error, model)) from None
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> tuple[FieldProblem, ...]:
+    problems: list[FieldProblem] = []
+    for entry in error.errors(include_url=False, include_context=True):
+        field = ".".join(str(part) for part in entry["loc"])
+        message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            message = "is no parameter of this method; it has: " + ", ".join(sorted(model.model_fields))
+        elif not field:
+            field, _, message = message.partition(": ")
+        elif entry["type"] == "string_pattern_mismatch" and field.startswith("pictures"):
+            message = "must be the id of an uploaded file: 64 hexadecimal digits, lower case"
+        problems.append(FieldProblem(field, message))
+    return tuple(problems)
