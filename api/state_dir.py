@@ -1,0 +1,109 @@
+"""The state directory: where every durable thing lies, and the secrets that join the parts of one installation."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Paths under one state directory; `docs/operations.md` says what losing each means."""
+
+    root: Path
+
+    @property
+    def journal(self) -> Path:
+        """Every step of the engine."""
+        return self.root / "journal.db"
+
+    @property
+    def queue(self) -> Path:
+        """The message queue."""
+        return self.root / "queue.db"
+
+    @property
+    def store(self) -> Path:
+        """Jobs, outcomes, outbox, models."""
+        return self.root / "store.db"
+
+    @property
+    def keys(self) -> Path:
+        """Hashes of API keys."""
+        return self.root / "keys.db"
+
+    @property
+    def curve(self) -> Path:
+        """CURVE keys of the scheduler, public keys of the agents."""
+        return self.root / "curve"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the parts."""
+        return self.root / "logs"
+
+    @property
+    def operator_key(self) -> Path:
+        """The API key for the command line on this machine."""
+        return self.root / "operator.key"
+
+    @property
+    def url(self) -> Path:
+        """The gateway's base URL while it runs."""
+        return self.root / "url"
+
+    def agent(self, name: str) -> Path:
+        """Return the directory of one agent: spool, work, cache."""
+        return self.root / "agents" / name
+
+    def create(self) -> None:
+        """Make the directory, readable by its owner alone."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        os.chmod(self.root, 0o700)
+        for path in (self.logs, self.root / "secrets", self.curve):
+            path.mkdir(exist_ok=True)
+
+    def secret(self, name: str) -> str:
+        """Return a named 256-bit secret as hex, made on first use; safe when two parts ask at once."""
+        path = self.root / "secrets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = path.with_name(f".{name}.{secrets.token_hex(8)}")
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(fresh, path)
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        return path.read_text().strip()
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, atomically."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+    fresh.replace(path)
+
+
+def check_database(path: Path) -> str:
+    """Return ``ok``, ``absent`` or what SQLite's quick check finds wrong; opens the file read-only."""
+    if not path.is_file():
+        return "absent"
+    try:
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=2)
+        try:
+            return str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        return str(error)
