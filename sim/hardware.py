@@ -1,0 +1,244 @@
+"""The cluster's physics: how long a load, a step and a transfer take, and how much memory a task needs.
+
+Every figure has a source. Diffusion arithmetic is counted, not fitted: floating-point operations of one UNet forward as a
+polynomial of the latent pixels, divided by what a GPU sustains. What a GPU sustains (`mfu`) and its overhead per step come from
+published timings; docs/simulation.md sets the model beside them. Loads follow the platform's own monitoring (GenTD26):
+bimodal, warm below 6 s and cold between 20 and 45 s, which falls out of where the bytes lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.resources import GpuSpec, NodeSpec
+from engine.tasks import SECOND, Micros, TaskSpec
+from sim.caches import Source
+
+GIB = 1 << 30
+MIB = 1 << 20
+TERA = 10**12
+
+
+class HardwareError(ValueError):
+    """A cluster cannot be built; the message names the field and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModel:
+    """A GPU product. Sources: vendors' data sheets (memory, dense half-precision peak), published timings (the rest)."""
+
+    name: str
+    memory_bytes: int
+    peak_tflops: float
+    mfu: float
+    """Share of the peak that a diffusion UNet sustains at large sizes."""
+    step_overhead_us: int
+    """Time of one denoising step that no arithmetic explains: launches, scheduler, Python."""
+
+    @property
+    def flops(self) -> float:
+        """Sustained floating-point operations per second."""
+        return self.peak_tflops * TERA * self.mfu
+
+
+GPU_MODELS: dict[str, GpuModel] = {
+    gpu.name: gpu
+    for gpu in (
+        GpuModel("a100", 80 * GIB, 312.0, 0.45, 18_000),
+        GpuModel("h100", 80 * GIB, 989.0, 0.30, 15_000),
+        GpuModel("h200", 141 * GIB, 989.0, 0.30, 15_000),
+        GpuModel("a10", 24 * GIB, 125.0, 0.40, 18_000),
+        GpuModel("l4", 24 * GIB, 121.0, 0.30, 18_000),
+        GpuModel("v100", 16 * GIB, 125.0, 0.35, 16_400),
+        GpuModel("t4", 16 * GIB, 65.0, 0.30, 20_000),
+        GpuModel("cpu", 4 * GIB, 0.1, 0.50, 1_000),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models. One UNet forward of n latent pixels costs ``quadratic n^2 + linear n + constant`` operations."""
+
+    name: str
+    weight_bytes: int
+    quadratic: float
+    linear: float
+    constant: float
+    decode_per_pixel: float
+    """Operations of the image decoder per picture pixel."""
+    activation_per_pixel: int
+    """Bytes of activations per picture pixel and batch row."""
+    unet_parameters: int
+    native_size: int
+
+    def forward(self, width: int, height: int) -> float:
+        """Operations of one UNet forward for one row."""
+        pixels = (width // 8) * (height // 8)
+        return self.quadratic * pixels * pixels + self.linear * pixels + self.constant
+
+
+FAMILIES: dict[str, Family] = {
+    "sd15": Family("sd15", int(2.55 * GIB), 7.30e3, 1.655e8, 3.0e9, 2.5e12 / 512**2, 1_760, 859_520_000, 512),
+    "sdxl": Family("sdxl", int(6.46 * GIB), 2.80e3, 3.636e8, 5.25e10, 10.5e12 / 1024**2, 2_557, 2_567_460_000, 1024),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A cluster and its constants. Speeds are bytes per second, spans microseconds."""
+
+    nodes: tuple[NodeSpec, ...]
+    reference_gpu: str = "a100"
+    """Durations that a trace brings hold on this GPU; other models are faster or slower by their sustained operations."""
+    family: str = "sdxl"
+    """What a model is taken for when nothing else is known of it."""
+    model_families: tuple[tuple[str, str], ...] = ()
+    """Family by model name, for those that are known."""
+    remote_bytes_per_s: int = 270_000_000
+    disk_bytes_per_s: int = 2_000_000_000
+    memory_bytes_per_s: int = 10_000_000_000
+    pod_start_us: Micros = 1_500_000
+    """Process, imports (forked from a warm one) and GPU context."""
+    load_sigma: float = 0.25
+    lora_load_us: Micros = 4_400_000
+    """Cold load of one adapter; a Pod that holds it already pays nothing."""
+    lora_sigma: float = 0.30
+    noise_sigma: float = 0.05
+    """Lognormal noise on run times that the model works out; times that a trace brings are taken as they are."""
+    memory_sigma: float = 0.02
+    dispatch_us: Micros = 500
+    """Order to executor; reports take as long back."""
+    pod_stop_us: Micros = 300_000
+    result_bytes_per_picture: int = 2 * MIB
+    network_bytes_per_s: int = 1_250_000_000
+    marginal_slot: float = 0.69
+    """Share of a step's time that another task in the same Pod adds: 36.8 / (16.4 + 36.8) ms, measured on a 16 GB card."""
+    default_steps: int = 30
+    batch_rows: int = 4
+    """Pictures denoised together; more are done in turns."""
+    disk_cache_share: float = 0.5
+    memory_cache_share: float = 0.25
+    detect_us: Micros = 15 * SECOND
+    """Silence after which a node counts as lost."""
+    progress_reports: int = 0
+    """TaskProgressed events per attempt of a training task."""
+    gpu_models: dict[str, GpuModel] = field(default_factory=lambda: dict(GPU_MODELS))
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise HardwareError("nodes: a cluster needs at least one node")
+        self.gpu(self.reference_gpu, "reference_gpu")
+        if self.family not in FAMILIES:
+            raise HardwareError(f"family: unknown {self.family!r}; known are {', '.join(sorted(FAMILIES))}")
+
+    def gpu(self, name: str, field_name: str = "gpu_model") -> GpuModel:
+        """Return a GPU model by its name."""
+        found = self.gpu_models.get(name)
+        if found is None:
+            known = ", ".join(sorted(self.gpu_models))
+            raise HardwareError(
+                f"{field_name}: unknown GPU model {name!r}; known are {known}, or add one to Hardware.gpu_models"
+            )
+        return found
+
+    def family_of(self, model: str) -> Family:
+        """Return what family a model belongs to."""
+        for name, family in self.model_families:
+            if name == model:
+                return FAMILIES[family]
+        return FAMILIES[self.family]
+
+    def model_bytes(self, method: str, model: str) -> int:
+        """Bytes that a Pod of this method must bring to its GPU; 0 when it holds no model."""
+        return 0 if method == "sleep" or not model else self.family_of(model).weight_bytes
+
+    def fetch_us(self, size_bytes: int) -> Micros:
+        """Median time from the model store to a node's disk."""
+        return size_bytes * SECOND // self.remote_bytes_per_s
+
+    def load_us(self, size_bytes: int, source: Source) -> Micros:
+        """Median time from where the bytes lie to the GPU."""
+        total = size_bytes * SECOND // self.memory_bytes_per_s
+        if source is not Source.MEMORY:
+            total += size_bytes * SECOND // self.disk_bytes_per_s
+        if source is Source.REMOTE:
+            total += self.fetch_us(size_bytes)
+        return total
+
+    def speed(self, gpu_model: str) -> float:
+        """How many times as fast as the reference GPU."""
+        if gpu_model == self.reference_gpu or gpu_model not in self.gpu_models:
+            return 1.0
+        return self.gpu_models[gpu_model].flops / self.gpu_models[self.reference_gpu].flops
+
+    def transfer_us(self, pictures: int) -> Micros:
+        """Time to bring the results of a task to the file store."""
+        return pictures * self.result_bytes_per_picture * SECOND // self.network_bytes_per_s
+
+    def run_us(self, task: TaskSpec, gpu_model: str, share: int = 1000) -> Micros:
+        """Run time of a task that brings no duration of its own, without noise and transfer.
+
+        ``sleep`` sleeps; training does a forward and a backward pass (three forwards) of a subject row and a prior row per step;
+        generation does two forwards (guidance) per step and row, then decodes. A share of a GPU is that share of its arithmetic.
+        """
+        features = dict(task.features)
+        if task.method == "sleep":
+            return round(_number(features, "seconds", 1.0) * SECOND)
+        gpu = self.gpu_models.get(gpu_model, self.gpu_models[self.reference_gpu])
+        family = self.family_of(task.model)
+        width = round(_number(features, "width", family.native_size))
+        height = round(_number(features, "height", family.native_size))
+        steps = _number(features, "steps", 400 if task.method == "dreambooth" else self.default_steps)
+        images = max(1.0, _number(features, "images", 1.0))
+        flops = gpu.flops * max(1, share) / 1000
+        forward = family.forward(width, height)
+        if task.method == "dreambooth":
+            return round(steps * (2 * gpu.step_overhead_us + 2 * 3 * forward / flops * SECOND))
+        turns = -(-images // self.batch_rows)
+        denoise = steps * (turns * gpu.step_overhead_us + images * 2 * forward / flops * SECOND)
+        return round(denoise + images * family.decode_per_pixel * width * height / flops * SECOND)
+
+    def peak_memory_bytes(self, task: TaskSpec) -> int:
+        """Peak memory per GPU, without noise: weights plus activations, and Adam's state for a full fine-tuning."""
+        if task.method == "sleep":
+            return 0
+        features = dict(task.features)
+        family = self.family_of(task.model)
+        pixels = _number(features, "width", family.native_size) * _number(features, "height", family.native_size)
+        rows = min(self.batch_rows, max(1, round(_number(features, "images", 1.0))))
+        if task.method == "dreambooth":
+            trained = family.unet_parameters if features.get("kind") == "full" else family.unet_parameters // 100
+            return round(family.weight_bytes + 16 * trained + 6 * family.activation_per_pixel * pixels)
+        return round(family.weight_bytes + family.activation_per_pixel * pixels * rows)
+
+
+def _number(features: dict[str, str | int | float], name: str, default: float) -> float:
+    value = features.get(name, default)
+    return float(value) if isinstance(value, int | float) else default
+
+
+def cluster(
+    nodes: int,
+    gpus_per_node: int,
+    gpu_model: str = "a100",
+    *,
+    cpu_cores: int = 96,
+    memory_bytes: int = 1024 * GIB,
+    disk_bytes: int = 4096 * GIB,
+) -> tuple[NodeSpec, ...]:
+    """Describe `nodes` equal machines; names sort in the order of their numbers."""
+    if nodes < 1:
+        raise HardwareError(f"nodes: must be at least 1, got {nodes}")
+    if gpus_per_node < 0:
+        raise HardwareError(f"gpus_per_node: must not be negative, got {gpus_per_node}")
+    if gpu_model not in GPU_MODELS:
+        raise HardwareError(f"gpu_model: unknown {gpu_model!r}; known are {', '.join(sorted(GPU_MODELS))}")
+    gpu = GPU_MODELS[gpu_model]
+    width = len(str(nodes - 1))
+    made = []
+    for number in range(nodes):
+        name = f"node-{number:0{width}d}"
+        gpus = tuple(GpuSpec(f"{name}-gpu-{index}", gpu.name, gpu.memory_bytes) for index in range(gpus_per_node))
+        made.append(NodeSpec(name, gpus, cpu_cores * 1000, memory_bytes, disk_bytes, network_bps=10_000_000_000))
+    return tuple(made)

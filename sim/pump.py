@@ -1,0 +1,101 @@
+"""Runs `engine.ports.drive` on the SimPy clock: one turn of the loop per instant at which something happened or a wakeup is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from engine.ports import Forecaster, Journal, NoForecast, Steps, drive, no_journal
+from engine.tasks import SECOND, Micros
+
+if TYPE_CHECKING:
+    from sim.world import SimWorld
+
+_IDLE_TURNS = 1000
+_PATIENCE_US = 90 * 86_400 * SECOND
+"""How long after the last arrival a run without `until` goes on when tasks stay open, for example for want of a fitting node."""
+
+
+class EngineStuck(RuntimeError):
+    """The engine asks again and again to be woken at once and does nothing with it: a fault of a policy."""
+
+
+class _Pump:
+    def __init__(self, engine: Steps, world: SimWorld, journal: Journal, forecaster: Forecaster) -> None:
+        self._world = world
+        self._turns = drive(engine, world, journal, forecaster)
+        self._rung = False
+        self._armed_for: Micros | None = None
+        self._idle_turns = 0
+        self._last: Micros = -1
+
+    def ring(self) -> None:
+        """Have one turn at this instant, after everything else that is due now."""
+        if not self._rung:
+            self._rung = True
+            self._world.after(0, self._turn)
+
+    def _turn(self) -> None:
+        self._rung = False
+        now = self._world.now()
+        self._idle_turns = self._idle_turns + 1 if now == self._last else 0
+        self._last = now
+        wakeup = next(self._turns)
+        if wakeup is not None:
+            self._arm(now, wakeup)
+
+    def _arm(self, now: Micros, wakeup: Micros) -> None:
+        if wakeup <= now and self._idle_turns > _IDLE_TURNS:
+            raise EngineStuck(
+                f"wakeup_at: {wakeup} us is not after now ({now} us) for {_IDLE_TURNS} turns without progress of time"
+            )
+        if self._armed_for is not None and now < self._armed_for <= wakeup:
+            return
+        self._armed_for = wakeup
+        self._world.after(max(0, wakeup - now), self._wake, wakeup)
+
+    def _wake(self, wakeup: Micros) -> None:
+        if self._armed_for == wakeup:
+            self._armed_for = None
+            self.ring()
+
+
+def run(
+    engine: Steps,
+    world: SimWorld,
+    journal: Journal = no_journal,
+    forecaster: Forecaster | None = None,
+    until: Micros | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> None:
+    """Simulate until every task is over, or until a simulated time.
+
+    `progress` is called now and then with the share done and a line for people. Stops as well when nothing can happen any more; the
+    world's `open_tasks` then holds what was never finished.
+    """
+    pump = _Pump(engine, world, journal, forecaster or NoForecast())
+    world.bell = pump.ring
+    pump.ring()
+    env = world.env
+    limit = until if until is not None else world.last_arrival_at + _PATIENCE_US
+    span = max(1, until if until is not None else world.last_arrival_at)
+    turns = 0
+    try:
+        while not world.settled or until is not None:
+            for _ in range(256):
+                at = env.peek()
+                if at > limit or (until is None and world.settled):
+                    break
+                env.step()
+            else:
+                turns += 1
+                if progress is not None and turns % 16 == 0:
+                    progress(
+                        min(1.0, world.now() / span), f"{world.arrived} tasks arrived, {len(world.open_tasks)} open"
+                    )
+                continue
+            break
+    finally:
+        world.bell = None
+    if progress is not None:
+        progress(1.0, f"{world.arrived} tasks arrived, {len(world.open_tasks)} open")

@@ -1,0 +1,124 @@
+"""What arrives when, and what will really happen to it: the one form that every reader and generator produces.
+
+The `TaskSpec` is all that the engine and the forecaster ever see. The `Truth` beside it is for the world, which acts it out, and
+for the oracle, against which predictions are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from engine.tasks import URGENT_PRIORITY, FailureCause, Micros, TaskSpec
+from sim.draws import choice, unit
+
+
+class WorkloadError(ValueError):
+    """A workload cannot be read; the message names the file, the line and the field, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What really happens to a task, hidden from the engine."""
+
+    work_us: Micros | None = None
+    """Run time on the hardware's reference GPU; None: the hardware model works it out from the task's features."""
+    fails_with: FailureCause | None = None
+    """Every attempt runs its time and then fails with this."""
+    peak_gpu_memory_bytes: int = 0
+    """0: from the hardware model."""
+    loras: tuple[str, ...] = ()
+    """Identities of the adapters, where known: an adapter that its Pod holds already is not loaded again."""
+    cancel_after_us: Micros | None = None
+    """The customer cancels this long after submitting, unless the task is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One task and its moment; `at` counts microseconds from the workload's beginning."""
+
+    at: Micros
+    task: TaskSpec
+    truth: Truth = field(default_factory=Truth)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Arrivals in time order, and how they were come by."""
+
+    name: str
+    arrivals: tuple[Arrival, ...]
+    notes: tuple[tuple[str, int | float | str], ...] = ()
+    """What the reader kept, skipped and assumed, for the report."""
+
+    def __post_init__(self) -> None:
+        last = 0
+        for number, arrival in enumerate(self.arrivals):
+            if arrival.at < last:
+                raise WorkloadError(
+                    f"workload {self.name!r}: arrival {number} ({arrival.task.req_no}) at {arrival.at} us comes before the one "
+                    f"ahead of it ({last} us); sort the rows by time"
+                )
+            last = arrival.at
+
+    @property
+    def span_us(self) -> Micros:
+        """Time from zero to the last arrival."""
+        return self.arrivals[-1].at if self.arrivals else 0
+
+    def digest(self) -> str:
+        """Return a short fingerprint of everything the simulation depends on."""
+        fold = hashlib.blake2b(digest_size=8)
+        for arrival in self.arrivals:
+            fold.update(repr(arrival).encode())
+        return fold.hexdigest()
+
+    def limited(self, count: int | None) -> Workload:
+        """Return the first `count` arrivals; all of them for None."""
+        if count is None or count >= len(self.arrivals):
+            return self
+        if count < 1:
+            raise WorkloadError(f"limit: must be at least 1, got {count}; leave it out to take every task")
+        return replace(self, arrivals=self.arrivals[:count])
+
+    def scaled(self, rate: float) -> Workload:
+        """Return the same arrivals `rate` times as fast.
+
+        Time between arrivals is divided by `rate`, which keeps their coefficient of variation and every dispersion at
+        correspondingly shorter windows; run times stay as they are.
+        """
+        if not rate > 0:
+            raise WorkloadError(f"rate_scale: must be greater than 0, got {rate}")
+        if rate == 1:
+            return self
+        arrivals = tuple(replace(arrival, at=round(arrival.at / rate)) for arrival in self.arrivals)
+        return replace(self, arrivals=arrivals, notes=(*self.notes, ("rate_scale", rate)))
+
+
+def ranked(arrivals: Iterable[Arrival], *, tenants: int, urgent_share: float, seed: int) -> tuple[Arrival, ...]:
+    """Spread groups over tenants and make a share of the tasks urgent, for traces that know neither.
+
+    Both are draws keyed by identity: the same group has the same tenant, and the same task is urgent, in every run of one seed.
+    """
+    if tenants < 1:
+        raise WorkloadError(f"tenants: must be at least 1, got {tenants}")
+    if not 0 <= urgent_share <= 1:
+        raise WorkloadError(f"urgent_share: must lie between 0 and 1, got {urgent_share}")
+    done = []
+    for arrival in arrivals:
+        task = arrival.task
+        tenant = f"tenant-{choice(tenants, seed, 'tenant', task.group or task.req_no)}"
+        urgent = unit(seed, "urgent", task.req_no) < urgent_share
+        task = replace(task, tenant=tenant, priority=URGENT_PRIORITY if urgent else task.priority)
+        done.append(replace(arrival, task=task))
+    return tuple(done)
+
+
+def true_durations(workload: Workload, fallback: Mapping[str, Micros] | None = None) -> dict[str, Micros]:
+    """Return run times on the reference GPU by req_no, for an oracle."""
+    known = dict(fallback or {})
+    for arrival in workload.arrivals:
+        if arrival.truth.work_us is not None:
+            known[arrival.task.req_no] = arrival.truth.work_us
+    return known
