@@ -1,0 +1,309 @@
+"""From a validated request to a durable message: the one way by which the gateway makes work.
+
+The jobs route and the OpenAI route both come through here, so that both check owners, rank, and keep idempotency alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.gateway.config import GatewayConfig
+from api.gateway.intake import Intake
+from api.gateway.keys import Caller
+from api.gateway.problems import FieldProblem, Refused, no_retry
+from api.gateway.records import Records
+from api.messages import MessageRefused, encode_request, request_id
+from api.ports import JobEvent, JobView, SupportPort, SupportRefused
+
+TERMINAL = frozenset({"finished", "cancelled", "rejected", "dead"})
+TRAINING_METHODS = frozenset({"dreambooth"})
+FILE_PARAMETERS = ("pictures", "image", "mask", "control_image")
+MODEL_PARAMETERS = {"text_to_image": "model", "dreambooth": "base_model"}
+"""The parameter that names a method's model; other methods need none."""
+
+
+class JobRequest(BaseModel):
+    """A job to run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="AI method: text_to_image, dreambooth, sleep.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own parameters; unknown ones are refused."
+    )
+    model: str = Field(
+        default="", max_length=200, pattern=r"^[A-Za-z0-9._/:-]*$", description="Model id; empty: the default."
+    )
+    group: str = Field(
+        default="", max_length=128, pattern=r"^[A-Za-z0-9._:@/-]*$", description="Jobs of one group go to one node."
+    )
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher first; 100 and above is urgent.")
+    affinity: Literal["none", "preferred", "strict", "exclusive"] | None = Field(
+        default=None, description="How the group is bound."
+    )
+    deadline_s: float | None = Field(
+        default=None, gt=0, le=30 * 86_400, description="Start within this many seconds, or not at all."
+    )
+    task_type: Literal["TP", "GC"] | None = Field(
+        default=None, description="Training or generation; follows from the method."
+    )
+    req_no: uuid.UUID | None = Field(
+        default=None, description="Identity of the job; submitting it twice is submitting it once."
+    )
+
+
+Validate = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+"""Checks a method's parameters; returns them with defaults, raises Refused 422 naming the field."""
+
+
+def validate_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a method's parameters before they are queued; raises Refused 422 naming the field."""
+    from executors.methods import parameters as known
+
+    if method not in known.PARAMETERS:
+        names = ", ".join(sorted(known.PARAMETERS))
+        raise Refused(422, "unknown_method", f"method: there is no {method!r}; known are {names}.", param="method")
+    try:
+        known.validate(method, dict(parameters))
+    except known.ParameterError as error:
+        fields = [FieldProblem(field=f"parameters.{one.field}", message=one.message) for one in error.problems]
+        raise Refused(
+            422, "invalid_parameter", f"{fields[0].field}: {fields[0].message}", param=fields[0].field, errors=fields
+        ) from None
+    except RecursionError:
+        raise Refused(422, "invalid_parameter", "parameters: nested too deeply", param="parameters") from None
+    return dict(parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The outcome of a submission."""
+
+    view: JobView
+    replayed: bool = False
+
+
+class Submissions:
+    """Checks requests, gives them an identity, and brings them to the queue; reads jobs that SS may not know yet."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        support: SupportPort,
+        intake: Intake,
+        records: Records,
+        clock_s: Callable[[], float],
+        validate: Validate = validate_parameters,
+    ) -> None:
+        self._config = config
+        self._support = support
+        self._intake = intake
+        self._records = records
+        self._clock_s = clock_s
+        self._validate = validate
+        self._pruned_at = clock_s()
+
+    async def submit(self, caller: Caller, request: JobRequest, key: str = "", source: str = "jobs") -> Submitted:
+        """Put a job on the queue; returns when it is durable there. Raises Refused."""
+        policy = self._config.tenant(caller.tenant)
+        if request.priority > policy.max_priority:
+            raise Refused(
+                403,
+                "priority_not_allowed",
+                f"priority: this tenant may ask for {policy.max_priority} at most.",
+                param="priority",
+            )
+        parameters = self._validate(request.method, self._with_model(request))
+        await self._check_references(caller, request, parameters)
+        fingerprint = _fingerprint(source, request)
+        req_no = str(request.req_no or uuid.uuid4())
+        if key:
+            kept = await asyncio.to_thread(
+                self._records.begin, caller.tenant, key, fingerprint, req_no, self._clock_s()
+            )
+            if kept.fingerprint != fingerprint:
+                raise Refused(
+                    422,
+                    "idempotency_key_reused",
+                    "Idempotency-Key: it was used with another request; take a fresh key.",
+                )
+            if kept.status:
+                return Submitted(JobView.model_validate_json(kept.body), replayed=True)
+            req_no = kept.req_no
+        elif request.req_no is not None:
+            known = await self._known(caller, req_no, fingerprint)
+            if known is not None:
+                return Submitted(known, replayed=True)
+        view = self._view(caller, request, req_no, parameters)
+        await self._enqueue(caller, request, view, fingerprint)
+        if key:
+            await asyncio.to_thread(self._records.settle, caller.tenant, key, 202, view.model_dump_json())
+        return Submitted(view)
+
+    async def job(self, scope: str, req_no: str) -> JobView:
+        """Return a job, also one that still waits in the queue; raises SupportRefused 404."""
+        try:
+            return await self._support.job(scope, req_no)
+        except SupportRefused as refused:
+            if refused.status != 404:
+                raise
+            kept = self._records.accepted(scope, req_no)
+            if kept is None:
+                raise
+            return JobView.model_validate_json(kept[1])
+
+    async def until_read(self, scope: str, req_no: str, wait_s: float | None = None) -> JobView:
+        """Return a job once SS has read its message; raises SupportRefused 404, or 503 when that takes too long."""
+        deadline = self._clock_s() + (self._config.queued_wait_s if wait_s is None else wait_s)
+        while True:
+            view = await self.job(scope, req_no)
+            if view.state != "queued":
+                return view
+            if self._clock_s() >= deadline:
+                raise SupportRefused(
+                    503, "still_queued", "The job's message has not been read from the queue yet; try again."
+                )
+            await asyncio.sleep(self._config.poll_s)
+
+    async def cancel(self, scope: str, req_no: str) -> JobView:
+        """Cancel a job; returns when it is certain."""
+        await self.until_read(scope, req_no)
+        return await self._support.cancel(scope, req_no)
+
+    async def events(self, scope: str, req_no: str, after: int = 0) -> AsyncGenerator[JobEvent, None]:
+        """Stream the changes of a job, from the queue on."""
+        view = await self.job(scope, req_no)
+        if view.state == "queued":
+            yield JobEvent(event_id=0, kind="queued", at=view.submitted_at, view=view)
+            while (await self.job(scope, req_no)).state == "queued":
+                await asyncio.sleep(self._config.poll_s)
+        async for event in self._support.events(scope, req_no, after):
+            yield event
+
+    async def _known(self, caller: Caller, req_no: str, fingerprint: str) -> JobView | None:
+        """Return the job of a reqNo that was submitted before; raises Refused 409 when it was another request."""
+        kept = self._records.accepted(caller.tenant, req_no)
+        if kept is not None and kept[0] != fingerprint:
+            raise Refused(
+                409,
+                "req_no_taken",
+                "req_no: it belongs to another request; take a fresh UUID.",
+                param="req_no",
+                headers=no_retry(),
+            )
+        try:
+            return await self.job(caller.tenant, req_no)
+        except SupportRefused as refused:
+            if refused.status == 404:
+                return None
+            raise
+
+    async def _check_references(self, caller: Caller, request: JobRequest, parameters: Mapping[str, Any]) -> None:
+        for name in FILE_PARAMETERS:
+            value = parameters.get(name)
+            for file_id in value if isinstance(value, (list, tuple)) else [value] if value else []:
+                if not isinstance(file_id, str) or not self._records.owns(caller.scope, file_id):
+                    field = f"parameters.{name}"
+                    raise Refused(
+                        422,
+                        "unknown_file",
+                        f"{field}: upload the file first; there is no {str(file_id)[:80]}.",
+                        param=field,
+                    )
+        name = MODEL_PARAMETERS.get(request.method, "")
+        model, field = str(parameters.get(name, "")), "model" if request.model else f"parameters.{name}"
+        if not model or model in self._config.public_models:
+            return
+        try:
+            await self._support.model(caller.scope, model)
+        except SupportRefused as refused:
+            if refused.status != 404:
+                raise
+            raise Refused(422, "unknown_model", f"{field}: there is no model {model[:80]!r}.", param=field) from None
+
+    def _with_model(self, request: JobRequest) -> dict[str, Any]:
+        """Return the parameters with the model where the method looks for it."""
+        name, parameters = MODEL_PARAMETERS.get(request.method, ""), dict(request.parameters)
+        if not name:
+            if request.model:
+                raise Refused(422, "invalid_parameter", f"model: {request.method} uses no model.", param="model")
+            return parameters
+        if request.model and parameters.setdefault(name, request.model) != request.model:
+            raise Refused(422, "invalid_parameter", f"model: parameters.{name} names another one.", param="model")
+        parameters.setdefault(name, self._config.default_model)
+        return parameters
+
+    def _view(self, caller: Caller, request: JobRequest, req_no: str, parameters: dict[str, Any]) -> JobView:
+        training = request.method in TRAINING_METHODS
+        kind = request.task_type or ("TP" if training else "GC")
+        if training and kind != "TP":
+            raise Refused(422, "invalid_parameter", f"task_type: {request.method} is a TP task.", param="task_type")
+        model = str(parameters.get(MODEL_PARAMETERS.get(request.method, ""), ""))
+        return JobView(
+            req_no=req_no,
+            tenant=caller.tenant,
+            group=request.group,
+            task_type=kind,
+            method=request.method,
+            model=model,
+            priority=request.priority,
+            state="queued",
+            submitted_at=self._clock_s(),
+            parameters=parameters,
+        )
+
+    async def _enqueue(self, caller: Caller, request: JobRequest, view: JobView, fingerprint: str) -> None:
+        now = self._clock_s()
+        if now - self._pruned_at > 60:
+            self._pruned_at = now
+            await asyncio.to_thread(self._records.prune, now - self._config.idempotency_ttl_s)
+        policy = self._config.tenant(caller.tenant)
+        message = message_of(view, request, now)
+        fresh = self._records.accept(caller.tenant, view.req_no, fingerprint, view.model_dump_json(), now)
+        try:
+            await self._intake.submit(
+                request_id(caller.tenant, view.req_no),
+                message,
+                tenant=caller.tenant,
+                weight=policy.weight,
+                priority=view.priority,
+                max_waiting=policy.max_waiting,
+            )
+        except Refused:
+            if fresh:
+                self._records.forget(caller.tenant, view.req_no)
+            raise
+
+
+def message_of(view: JobView, request: JobRequest, now_s: float) -> bytes:
+    """Return the queue message of a job; raises Refused 413 or 422 when it cannot be one."""
+    try:
+        return encode_request(
+            req_no=view.req_no,
+            task_type=view.task_type,
+            method=view.method,
+            parameters=view.parameters,
+            tenant=view.tenant,
+            group=view.group,
+            priority=view.priority,
+            deadline=None if request.deadline_s is None else now_s + request.deadline_s,
+            affinity=request.affinity,
+        )
+    except MessageRefused as refused:
+        status = 413 if refused.code == "too_large" else 422
+        raise Refused(status, f"message_{refused.code}", f"parameters: {refused}", param="parameters") from None
+
+
+def _fingerprint(source: str, request: JobRequest) -> str:
+    text = json.dumps(
+        [source, request.model_dump(mode="json", exclude={"req_no"})], sort_keys=True, separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()

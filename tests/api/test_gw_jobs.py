@@ -1,0 +1,244 @@
+"""The native jobs API, over a fake support service."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.gateway import GatewayConfig, KeyStore, create_app
+from api.gateway.fake import SupportFake
+from executors.dfs import open_store
+
+SECRET = "s" * 40
+
+
+class Gw:
+    """A gateway with two tenants and an operator."""
+
+    def __init__(self, directory: Path, **settings: object) -> None:
+        self.store = open_store("memory://")
+        self.support = SupportFake(self.store)
+        self.keys = KeyStore(directory / "keys.sqlite", b"k" * 32)
+        config = GatewayConfig(state_dir=directory, signing_secrets=(SECRET,), watch_s=0, **settings)
+        self.app = create_app(config, self.support, self.support, self.store, self.keys)
+        self.client = TestClient(self.app, raise_server_exceptions=True)
+        self.ana = {"Authorization": f"Bearer {self.keys.create('ana')[0]}"}
+        self.bob = {"Authorization": f"Bearer {self.keys.create('bob')[0]}"}
+        self.ops = {"Authorization": f"Bearer {self.keys.create('ops', 'operator')[0]}"}
+
+    def submit(self, **more: object) -> dict:
+        body = {"method": "sleep", "parameters": {"seconds": 1}, **more}
+        answer = self.client.post("/v1/jobs", json=body, headers=self.ana)
+        assert answer.status_code == 202, answer.text
+        return answer.json()
+
+
+@pytest.fixture
+def gw(tmp_path: Path) -> Gw:
+    return Gw(tmp_path)
+
+
+def problem(answer, status: int, code: str) -> dict:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == status
+    assert body["error"]["code"] == code
+    assert body["error"]["message"] == body["detail"]
+    assert body["request_id"] == answer.headers["x-request-id"]
+    return body
+
+
+def events(text: str) -> list[dict]:
+    return [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
+
+
+def test_a_submitted_job_is_on_the_queue_and_answered_with_its_location(gw: Gw) -> None:
+    answer = gw.client.post(
+        "/v1/jobs",
+        json={
+            "method": "text_to_image",
+            "parameters": {"prompt": "a red circle"},
+            "priority": 120,
+            "group": "g1",
+            "deadline_s": 60,
+        },
+        headers=gw.ana,
+    )
+    job = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["location"].endswith(f"/v1/jobs/{job['req_no']}")
+    assert answer.headers["retry-after"] == "1"
+    [(queue, message)] = gw.support.messages
+    assert (queue, message.message_id, message.priority) == ("requests", f"ana/{job['req_no']}", 120)
+    tree = json.loads(message.body)
+    assert tree["body"] == {"method": "text_to_image", "parameters": {"prompt": "a red circle", "model": "tiny"}}
+    assert tree["header"]["tenant"] == "ana"
+    assert tree["header"]["taskType"] == "GC"
+    assert tree["header"]["group"] == "g1"
+    assert tree["header"]["deadline"] == pytest.approx(job["submitted_at"] + 60, abs=1)
+
+
+def test_a_job_is_seen_as_queued_until_its_message_is_read(gw: Gw) -> None:
+    gw.support.reading = False
+    job = gw.submit()
+    path = f"/v1/jobs/{job['req_no']}"
+    assert gw.client.get(path, headers=gw.ana).json()["state"] == "queued"
+    assert gw.client.get(path, headers=gw.ops).json()["state"] == "queued"
+    assert gw.client.get(path + "/why", headers=gw.ana).json()["data"][0]["reason"] == "QUEUED"
+    problem(gw.client.get(path, headers=gw.bob), 404, "not_found")
+    gw.support.read_held()
+    assert gw.client.get(path, headers=gw.ana).json()["state"] == "pending"
+    assert gw.client.get(path + "/why", headers=gw.ana).json()["data"][0]["reason"] == "NO_GPU_MEMORY"
+
+
+def test_a_cancel_of_a_job_that_is_never_read_says_so_instead_of_lying(tmp_path: Path) -> None:
+    gw = Gw(tmp_path, queued_wait_s=0.05, poll_s=0.01)
+    gw.support.reading = False
+    job = gw.submit()
+    problem(gw.client.post(f"/v1/jobs/{job['req_no']}/cancel", headers=gw.ana), 503, "still_queued")
+
+
+def test_cancel_answers_the_final_state_and_is_idempotent(gw: Gw) -> None:
+    job = gw.submit()
+    path = f"/v1/jobs/{job['req_no']}"
+    assert gw.client.post(path + "/cancel", headers=gw.ana).json()["state"] == "cancelled"
+    assert gw.client.delete(path, headers=gw.ana).json()["state"] == "cancelled"
+    done = gw.submit()
+    gw.support.move(done["req_no"], "finished", result={"files": [], "metadata": {}})
+    assert gw.client.delete(f"/v1/jobs/{done['req_no']}", headers=gw.ana).json()["state"] == "finished"
+
+
+def test_the_same_idempotency_key_and_request_replay_the_answer(gw: Gw) -> None:
+    body = {"method": "sleep", "parameters": {"seconds": 1}}
+    first = gw.client.post("/v1/jobs", json=body, headers={**gw.ana, "Idempotency-Key": "k1"})
+    again = gw.client.post("/v1/jobs", json=body, headers={**gw.ana, "Idempotency-Key": "k1"})
+    assert again.status_code == 202
+    assert again.json() == first.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    assert len(gw.support.messages) == 1
+    other = {"method": "sleep", "parameters": {"seconds": 2}}
+    problem(
+        gw.client.post("/v1/jobs", json=other, headers={**gw.ana, "Idempotency-Key": "k1"}),
+        422,
+        "idempotency_key_reused",
+    )
+    others = gw.client.post("/v1/jobs", json=other, headers={**gw.bob, "Idempotency-Key": "k1"})
+    assert others.status_code == 202
+    assert others.json()["req_no"] != first.json()["req_no"]
+
+
+def test_submitting_a_req_no_twice_is_submitting_it_once(gw: Gw) -> None:
+    req_no = str(uuid.uuid4())
+    assert gw.submit(req_no=req_no)["req_no"] == req_no
+    assert gw.submit(req_no=req_no)["req_no"] == req_no
+    assert len(gw.support.messages) == 1
+    body = {"method": "sleep", "parameters": {"seconds": 9}, "req_no": req_no}
+    refused = gw.client.post("/v1/jobs", json=body, headers=gw.ana)
+    problem(refused, 409, "req_no_taken")
+    assert refused.headers["x-should-retry"] == "false"
+
+
+def test_a_job_that_the_queue_refuses_is_forgotten(gw: Gw) -> None:
+    req_no = str(uuid.uuid4())
+    working = gw.support.put_many
+
+    def broken(queue, messages):
+        raise OSError(28, "No space left on device")
+
+    gw.support.put_many = broken
+    body = {"method": "sleep", "parameters": {}, "req_no": req_no}
+    problem(gw.client.post("/v1/jobs", json=body, headers=gw.ana), 507, "storage_full")
+    problem(gw.client.get(f"/v1/jobs/{req_no}", headers=gw.ana), 404, "not_found")
+    gw.support.put_many = working
+    assert gw.client.post("/v1/jobs", json=body, headers=gw.ana).status_code == 202
+
+
+def test_lists_go_page_by_page_newest_first(gw: Gw) -> None:
+    made = [gw.submit(group="a" if number % 2 else "b")["req_no"] for number in range(5)]
+    first = gw.client.get("/v1/jobs", params={"limit": 2}, headers=gw.ana).json()
+    assert [job["req_no"] for job in first["data"]] == [made[4], made[3]]
+    second = gw.client.get("/v1/jobs", params={"limit": 3, "cursor": first["next_cursor"]}, headers=gw.ana).json()
+    assert [job["req_no"] for job in second["data"]] == [made[2], made[1], made[0]]
+    assert second["next_cursor"] == ""
+    grouped = gw.client.get("/v1/jobs", params={"group": "a"}, headers=gw.ana).json()
+    assert [job["req_no"] for job in grouped["data"]] == [made[3], made[1]]
+    problem(gw.client.get("/v1/jobs", params={"cursor": "zz"}, headers=gw.ana), 400, "bad_cursor")
+    problem(gw.client.get("/v1/jobs", params={"limit": 101}, headers=gw.ana), 422, "validation_failed")
+
+
+def test_events_are_snapshots_with_ids_and_end_with_the_job(gw: Gw) -> None:
+    job = gw.submit()
+    gw.support.move(job["req_no"], "running", node="node-1")
+    gw.support.move(job["req_no"], "running", progress_done=3, progress_total=10)
+    gw.support.move(job["req_no"], "finished", result={"files": [], "metadata": {}})
+    answer = gw.client.get(f"/v1/jobs/{job['req_no']}/events", headers=gw.ana)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    seen = events(answer.text)
+    assert [one["view"]["state"] for one in seen] == ["pending", "running", "running", "finished"]
+    assert seen[2]["view"]["progress_done"] == 3
+    assert "id: 2\nevent: running\n" in answer.text
+    later = gw.client.get(f"/v1/jobs/{job['req_no']}/events", headers={**gw.ana, "Last-Event-ID": "3"})
+    assert [one["event_id"] for one in events(later.text)] == [4]
+    problem(gw.client.get(f"/v1/jobs/{job['req_no']}/events", headers=gw.bob), 404, "not_found")
+    bad = gw.client.get(f"/v1/jobs/{job['req_no']}/events", headers={**gw.ana, "Last-Event-ID": "x"})
+    problem(bad, 422, "validation_failed")
+
+
+def test_parameters_are_checked_before_the_queue_and_named(gw: Gw) -> None:
+    cases = [
+        ({"method": "text_to_image", "parameters": {"prompt": "x", "steps": 0}}, "parameters.steps"),
+        ({"method": "text_to_image", "parameters": {"prompt": "x", "wrong": 1}}, "parameters.wrong"),
+        ({"method": "text_to_image", "parameters": {"prompt": "x"}, "model": "nope"}, "model"),
+        ({"method": "sleep", "parameters": {}, "model": "tiny"}, "model"),
+        ({"method": "paint", "parameters": {}}, "method"),
+        ({"method": "sleep", "parameters": {}, "priority": 5000}, "priority"),
+        ({"method": "sleep", "parameters": {}, "surprise": 1}, "surprise"),
+        (
+            {"method": "dreambooth", "parameters": {"pictures": ["a" * 64, "b" * 64, "c" * 64], "category": "dog"}},
+            "parameters.pictures",
+        ),
+    ]
+    for body, field in cases:
+        answer = gw.client.post("/v1/jobs", json=body, headers=gw.ana)
+        assert answer.status_code == 422, body
+        assert answer.json()["error"]["param"] == field
+    assert gw.support.messages == []
+
+
+def test_a_tenant_may_not_ask_for_more_urgency_than_its_policy_allows(tmp_path: Path) -> None:
+    gw = Gw(tmp_path, tenants={"ana": {"max_priority": 50}})
+    body = {"method": "sleep", "parameters": {}, "priority": 51}
+    problem(gw.client.post("/v1/jobs", json=body, headers=gw.ana), 403, "priority_not_allowed")
+    assert gw.client.post("/v1/jobs", json=body, headers=gw.bob).status_code == 202
+
+
+def test_compensations_are_idempotent_by_key(gw: Gw) -> None:
+    job = gw.submit()
+    path = f"/v1/jobs/{job['req_no']}/compensations"
+    problem(gw.client.post(path, json={"action": "rerun"}, headers=gw.ana), 409, "not_dead")
+    gw.support.move(job["req_no"], "dead", reason="crashed")
+    keyed = {**gw.ana, "Idempotency-Key": "again"}
+    first = gw.client.post(path, json={"action": "redeliver_result"}, headers=keyed).json()
+    assert gw.client.post(path, json={"action": "redeliver_result"}, headers=keyed).json() == first
+    assert len(gw.support.compensations) == 1
+    assert gw.client.post(path, json={"action": "rerun"}, headers=gw.ana).status_code == 200
+    assert gw.client.get(f"/v1/jobs/{job['req_no']}", headers=gw.ana).json()["state"] == "pending"
+    problem(gw.client.post(path, json={"action": "explode"}, headers=gw.ana), 422, "validation_failed")
+
+
+def test_a_support_service_that_is_away_gives_503_and_writes_still_pass(gw: Gw) -> None:
+    job = gw.submit()
+
+    async def away(*_args, **_more):
+        raise ConnectionError("refused")
+
+    gw.support.job = away
+    refused = gw.client.get(f"/v1/jobs/{job['req_no']}", headers=gw.ana)
+    problem(refused, 503, "support_unavailable")
+    assert refused.headers["retry-after"] == "1"
+    assert gw.client.post("/v1/jobs", json={"method": "sleep", "parameters": {}}, headers=gw.ana).status_code == 202
