@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from executors.tiny import drawing
 
 TOKENS = 32
 LATENT_CHANNELS = 4
@@ -125,6 +128,16 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / "defaults.json").write_text(json.dumps(_defaults(), indent=1) + "\n", encoding="utf-8")
+
+
+def _defaults() -> dict[str, Any]:
+    """The model's own settings, read by the methods: guidance, training rates, and what its world is full of."""
+    prompts = []
+    for index in range(48):
+        rng = np.random.default_rng([99, index])
+        prompts.append(drawing.caption(drawing.random_scene(rng), rng))
+    return {"guidance": 3.0, "learning_rate": {"lora": 3e-3, "full": 3e-4}, "prior_prompts": prompts}
 
 
 def _half(module: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from executors.tiny import drawing, networks, snapshots
 
 # Steps of a training of sixty minutes on one core that is free.
-VAE_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 500, 7500
+VAE_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 500, 10_000
 SNAPSHOT_EVERY = 250
 EMPTY_CAPTIONS = 0.1
 
@@ -229,6 +229,8 @@ def train_unet(plan: Plan, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, text:
         if (step + 1) % SNAPSHOT_EVERY == 0 or step + 1 == steps:
             snapshots.save(state, step + 1, parts.modules(), optimizer, steps=steps)
             networks.write_pipeline(plan.out / "model", vae, parts.mean_text, tokenizer, parts.mean_unet)
+    if first >= steps:
+        networks.write_pipeline(plan.out / "model", vae, parts.mean_text, tokenizer, parts.mean_unet)
 
 
 def _latent_loader(plan: Plan, vae: AutoencoderTiny) -> Callable[[int], tuple[list[drawing.Scene], torch.Tensor]]:

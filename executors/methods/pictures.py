@@ -1,0 +1,54 @@
+"""Pictures as files: PNG with the parameters that made it, and users' own pictures as tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from executors.methods.base import InputRefused
+
+MAX_INPUT_PIXELS = 50_000_000
+
+
+def save_png(picture: Image.Image, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a PNG whose text says how it was made: ``parameters`` for people and other tools, ``aigc`` as JSON."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", _readable(facts))
+    info.add_itxt("aigc", json.dumps(facts, sort_keys=True, ensure_ascii=False))
+    picture.save(path, format="PNG", pnginfo=info)
+
+
+def _readable(facts: Mapping[str, Any]) -> str:
+    lines = [str(facts["prompt"])]
+    if facts.get("negative_prompt"):
+        lines.append(f"Negative prompt: {facts['negative_prompt']}")
+    lines.append(
+        f"Steps: {facts['steps']}, Sampler: {facts['scheduler']}, CFG scale: {facts['guidance']}, Seed: {facts['seed']}, "
+        f"Size: {facts['width']}x{facts['height']}, Model: {facts['model']}"
+    )
+    return "\n".join(lines)
+
+
+def read_square(path: Path, side_px: int, field_name: str) -> torch.Tensor:
+    """Read a picture, cut its middle to a square and scale it: float32 [3, side, side] in [-1, 1].
+
+    Raises InputRefused when the file is no picture or larger than fifty million pixels.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_INPUT_PIXELS:
+                raise InputRefused(
+                    field_name, f"is {opened.width}x{opened.height}, more than {MAX_INPUT_PIXELS} pixels; shrink it"
+                )
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputRefused(field_name, f"is no picture that can be read ({error}); send PNG, JPEG or WebP") from error
+    square = ImageOps.fit(picture, (side_px, side_px), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(square, dtype=np.float32).copy())
+    return pixels.permute(2, 0, 1) / 127.5 - 1.0

@@ -1,0 +1,141 @@
+"""Loads a diffusers pipeline from local directories and says which kind of loop it can be driven by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from executors.methods import adapters, device
+from executors.methods.base import InputRefused, ModelMissing, ModelRef
+
+Family = Literal["sd", "sdxl", "other"]
+DEFAULTS = "defaults.json"
+
+
+@dataclass(slots=True)
+class LoadedPipeline:
+    """A pipeline on its device, with the adapter that makes it a personalised model."""
+
+    model: ModelRef
+    pipe: Any
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    adapter: adapters.AppliedAdapter | None = None
+    foreign_adapter: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``."""
+
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """The parts that trainings change."""
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return {name: part for name in names if (part := getattr(self.pipe, name, None)) is not None}
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Width and height in pixels that the model was made for."""
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = int(self.pipe.vae_scale_factor)
+        return width * factor, height * factor
+
+    def set_adapter_scale(self, scale: float) -> None:
+        """Apply the adapter with this strength."""
+        if self.adapter is not None:
+            self.adapter.set_scale(scale)
+        elif self.foreign_adapter:
+            self.pipe.set_adapters(["subject"], [scale])
+
+    def release(self) -> None:
+        """Drop the pipeline and its memory."""
+        self.pipe = None
+        self.adapter = None
+        device.forget_unused(self.device)
+
+
+def load(model: ModelRef, where: str, dtype: torch.dtype | None = None) -> LoadedPipeline:
+    """Load a model onto a device; raises ModelMissing naming the directory."""
+    target = device.resolve(where)
+    precision = dtype or device.generation_dtype(target)
+    pipe = _read_pipeline(model.base_dir, precision)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(target)
+    loaded = LoadedPipeline(model, pipe, _family(pipe), target, precision, defaults=_read_defaults(model.base_dir))
+    for part in loaded.parts.values():
+        part.requires_grad_(False).eval()
+    if model.adapter_dir is not None:
+        _apply_adapter(loaded, model.adapter_dir)
+    return loaded
+
+
+def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for log in (diffusers_logging, transformers_logging):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    index = folder / "model_index.json"
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelMissing(
+            f"model: {folder} holds no readable model_index.json ({error}); give a diffusers directory"
+        ) from error
+    options: dict[str, Any] = {}
+    if "safety_checker" in parts and not (folder / "safety_checker").is_dir():
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(folder), dtype=precision, local_files_only=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelMissing(
+            f"model: {folder} cannot be loaded as a pipeline with safetensors weights: {error}"
+        ) from error
+
+
+def _read_defaults(folder: Path) -> Mapping[str, Any]:
+    file = folder / DEFAULTS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _family(pipe: Any) -> Family:
+    """Which step loop fits; decided by the pipeline's class, since its parts alone do not say what they expect."""
+    match type(pipe).__name__:
+        case "StableDiffusionPipeline":
+            return "sd"
+        case "StableDiffusionXLPipeline":
+            return "sdxl"
+        case _:
+            return "other"
+
+
+def _apply_adapter(loaded: LoadedPipeline, folder: Path) -> None:
+    if (folder / adapters.FACTS).exists():
+        loaded.adapter = adapters.apply(folder, loaded.parts)
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ModelMissing(
+            f"adapter: {folder} holds {len(files)} safetensors files instead of one; keep only the LoRA file"
+        )
+    try:
+        loaded.pipe.load_lora_weights(str(folder), weight_name=files[0].name, adapter_name="subject")
+    except (AttributeError, ValueError, KeyError, OSError) as error:
+        raise ModelMissing(f"adapter: {files[0].name} is no LoRA that this base model takes: {error}") from error
+    loaded.foreign_adapter = True
+
+
+def require_family(loaded: LoadedPipeline, allowed: tuple[Family, ...], purpose: str) -> None:
+    """Refuse a model whose family a method cannot work with."""
+    if loaded.family not in allowed:
+        kind = type(loaded.pipe).__name__
+        raise InputRefused("model", f"{loaded.model.id} is a {kind}, which {purpose} does not work with yet")

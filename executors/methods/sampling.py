@@ -1,0 +1,217 @@
+"""The step loop of Stable Diffusion and SDXL, our own so that a stop between two steps costs nothing more.
+
+The pipeline's own interrupt still decodes; this loop raises `Cancelled` before the next step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from executors.methods.base import InputRefused
+from executors.methods.pipelines import LoadedPipeline
+
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+BeforeStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) before every step and once after the last; raises `Cancelled` to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Prompts as the UNet takes them, [1 or one a picture, tokens, width] each; the pooled parts are SDXL's."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+    pooled_positive: torch.Tensor | None = None
+    pooled_negative: torch.Tensor | None = None
+
+
+def build_scheduler(pipe: Any, name: str | None) -> Any:
+    """A fresh scheduler instance: the model's own, or another kind over the same noise schedule."""
+    if name is None:
+        return type(pipe.scheduler).from_config(pipe.scheduler.config)
+    import diffusers
+
+    class_name, changes = _SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(pipe.scheduler.config, **changes)
+
+
+@torch.no_grad()
+def encode_prompt(loaded: LoadedPipeline, prompt: str, negative_prompt: str, guided: bool) -> Conditioning:
+    """Run the text encoders once for a prompt."""
+    pipe = loaded.pipe
+    common: dict[str, Any] = {
+        "device": loaded.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": guided,
+    }
+    if loaded.family == "sd":
+        positive, negative = pipe.encode_prompt(prompt, negative_prompt=negative_prompt, **common)
+        return Conditioning(positive, negative if guided else None)
+    # SDXL zeroes an absent negative prompt when the model says so; an empty string would be encoded instead.
+    positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+        prompt, negative_prompt=negative_prompt or None, **common
+    )
+    if not guided:
+        return Conditioning(positive, None, pooled, None)
+    return Conditioning(positive, negative, pooled, negative_pooled)
+
+
+def encode_prompts(loaded: LoadedPipeline, prompts: list[str]) -> Conditioning:
+    """Run the text encoders for several prompts, one row each, letting gradients through."""
+    common: dict[str, Any] = {"device": loaded.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    encoded = loaded.pipe.encode_prompt(prompts, **common)
+    return Conditioning(encoded[0], None, encoded[2] if loaded.family == "sdxl" else None, None)
+
+
+def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Several prompts as one batch, a row each."""
+
+    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    positive = joined([one.positive for one in conditionings])
+    assert positive is not None
+    return Conditioning(
+        positive,
+        joined([one.negative for one in conditionings]),
+        joined([one.pooled_positive for one in conditionings]),
+        joined([one.pooled_negative for one in conditionings]),
+    )
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per picture, so that a picture depends on its seed alone, not on the batch or the device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+@torch.no_grad()
+def denoise(
+    loaded: LoadedPipeline,
+    conditioning: Conditioning,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    width: int,
+    height: int,
+    scheduler_name: str | None,
+    before_step: BeforeStep,
+) -> torch.Tensor:
+    """Make latents of one picture per seed, [n, channels, height / factor, width / factor]."""
+    pipe, unet, count = loaded.pipe, loaded.pipe.unet, len(seeds)
+    scheduler = build_scheduler(pipe, scheduler_name)
+    scheduler.set_timesteps(steps, device=loaded.device)
+    random = generators(seeds)
+    factor = int(pipe.vae_scale_factor)
+    shape = (1, unet.config.in_channels, height // factor, width // factor)
+    latents = torch.cat([torch.randn(shape, generator=generator) for generator in random])
+    latents = latents.to(loaded.device, loaded.dtype) * scheduler.init_noise_sigma
+    guided = conditioning.negative is not None
+    states = _rows(conditioning.positive, conditioning.negative, count)
+    extra: dict[str, Any] = {}
+    if loaded.family == "sdxl":
+        extra["added_cond_kwargs"] = sdxl_conditions(loaded, conditioning, count, width, height)
+    accepted = inspect.signature(scheduler.step).parameters
+    step_options: dict[str, Any] = {"generator": random} if "generator" in accepted else {}
+    timestep_condition = _guidance_embedding(loaded, guidance, count * (2 if guided else 1))
+    times = scheduler.timesteps
+    for index, time in enumerate(times):
+        before_step(index, len(times))
+        rows = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
+        guess = unet(rows, time, encoder_hidden_states=states, timestep_cond=timestep_condition, **extra).sample
+        if guided:
+            without, following = guess.chunk(2)
+            guess = without + guidance * (following - without)
+        latents = scheduler.step(guess, time, latents, **step_options).prev_sample.to(loaded.dtype)
+    before_step(len(times), len(times))
+    made: torch.Tensor = latents
+    return made
+
+
+def _rows(positive: torch.Tensor, negative: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Repeat a condition for every picture, the negative ones first."""
+    rows = positive.expand(count, *positive.shape[1:])
+    return rows if negative is None else torch.cat([negative.expand(count, *negative.shape[1:]), rows])
+
+
+def sdxl_conditions(
+    loaded: LoadedPipeline, conditioning: Conditioning, count: int, width: int, height: int
+) -> dict[str, torch.Tensor]:
+    """SDXL's further inputs: pooled text states and the picture's size, one row a picture (twice when guided)."""
+    assert conditioning.pooled_positive is not None
+    text = _rows(conditioning.pooled_positive, conditioning.pooled_negative, count)
+    times = torch.tensor([[height, width, 0, 0, height, width]], device=loaded.device, dtype=text.dtype)
+    return {"text_embeds": text, "time_ids": times.expand(len(text), -1)}
+
+
+def _guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> torch.Tensor | None:
+    """Distilled models (LCM) take the guidance as an input of the UNet."""
+    width = loaded.pipe.unet.config.time_cond_proj_dim
+    if width is None:
+        return None
+    scales = torch.full((count,), guidance - 1.0)
+    result: torch.Tensor = loaded.pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+    return result.to(loaded.device, loaded.dtype)
+
+
+def is_guided(loaded: LoadedPipeline, guidance: float) -> bool:
+    """Whether a step needs the negative rows too."""
+    return guidance > 1.0 and loaded.pipe.unet.config.time_cond_proj_dim is None
+
+
+@torch.no_grad()
+def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
+    """Decode latents into PIL pictures; raises InputRefused when the numbers overflowed."""
+    vae = loaded.pipe.vae
+    config = vae.config
+    upcast = loaded.dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
+    if upcast:
+        vae.to(torch.float32)
+        latents = latents.float()
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        spread, shift = (
+            torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for v in (std, mean)
+        )
+        latents = latents * spread / config.scaling_factor + shift
+    else:
+        latents = latents / config.scaling_factor
+    pixels = vae.decode(latents).sample
+    if upcast:
+        vae.to(loaded.dtype)
+    if not bool(torch.isfinite(pixels).all()):
+        raise InputRefused(
+            "model", "its picture holds numbers that are not finite; the model does not work in half precision"
+        )
+    pictures: list[Any] = loaded.pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pictures
+
+
+@torch.no_grad()
+def encode_pixels(loaded: LoadedPipeline, pixels: torch.Tensor) -> torch.Tensor:
+    """Scaled latents of [-1, 1] pictures [n, 3, height, width]; a KL autoencoder gives its distribution's mean."""
+    vae = loaded.pipe.vae
+    encoded = vae.encode(pixels.to(loaded.device, vae.dtype))
+    latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+    result: torch.Tensor = latents * vae.config.scaling_factor
+    return result

@@ -1,0 +1,211 @@
+"""Pictures from a text, with any diffusers pipeline that lies in a local directory.
+
+Stable Diffusion and SDXL run in our own step loop; every other pipeline runs its own call, watched step by step.
+Picture k of a job is made from seed + k, whatever the batch, so that it can be made again alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from executors.methods import device, pictures, pipelines, sampling
+from executors.methods.base import (
+    Cancelled,
+    InputRefused,
+    MethodContext,
+    MethodResult,
+    ModelMissing,
+    ModelRef,
+    ResultFile,
+)
+from executors.methods.parameters import TextToImageParameters
+
+USUAL_GUIDANCE = 7.5
+MAX_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Parameters with everything that was left open filled in."""
+
+    asked: TextToImageParameters
+    seed: int
+    guidance: float
+    width: int
+    height: int
+
+
+class TextToImage:
+    """Holds one model and makes pictures with it."""
+
+    def __init__(self) -> None:
+        self._loaded: pipelines.LoadedPipeline | None = None
+        self._batch = MAX_BATCH
+
+    def load(self, model: ModelRef | None, device: str) -> None:
+        """Load the pipeline and its adapter; raises ModelMissing."""
+        if model is None:
+            raise ModelMissing("model: text_to_image needs one; name a base model or a trained one")
+        self._loaded = pipelines.load(model, device)
+
+    def run(self, parameters: BaseModel, context: MethodContext) -> MethodResult:
+        """Make the pictures and write them as PNG; nothing is written when stopped."""
+        assert isinstance(parameters, TextToImageParameters)
+        loaded = self._require()
+        job = self._complete(parameters, loaded)
+        device.start_peak(loaded.device)
+        loaded.set_adapter_scale(parameters.adapter_scale)
+        made = self._make(job, loaded, context)
+        if context.should_stop():
+            raise Cancelled
+        files, facts = _save(made, job, loaded, context)
+        return MethodResult(files, facts, device.peak_bytes(loaded.device))
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if self._loaded is not None:
+            self._loaded.release()
+            self._loaded = None
+
+    def _require(self) -> pipelines.LoadedPipeline:
+        if self._loaded is None:
+            raise RuntimeError("text_to_image runs before load; call load first")
+        return self._loaded
+
+    def _complete(self, asked: TextToImageParameters, loaded: pipelines.LoadedPipeline) -> _Job:
+        seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
+        guidance = (
+            asked.guidance if asked.guidance is not None else float(loaded.defaults.get("guidance", USUAL_GUIDANCE))
+        )
+        if loaded.family == "other":
+            return _Job(asked, seed, guidance, asked.width or 0, asked.height or 0)
+        native_width, native_height = loaded.native_size
+        width, height = asked.width or native_width, asked.height or native_height
+        factor = int(loaded.pipe.vae_scale_factor)
+        for name, value in (("width", width), ("height", height)):
+            if value % factor:
+                raise InputRefused(name, f"must be a multiple of {factor} for {loaded.model.id}, not {value}")
+        return _Job(asked, seed, guidance, width, height)
+
+    def _make(self, job: _Job, loaded: pipelines.LoadedPipeline, context: MethodContext) -> list[Image.Image]:
+        """Make all pictures in batches; when memory runs out the batch is halved once for this job and what follows."""
+        made: list[Image.Image] = []
+        halved = False
+        while len(made) < job.asked.count:
+            batch = min(self._batch, job.asked.count - len(made))
+            seeds = [job.seed + len(made) + index for index in range(batch)]
+            try:
+                made += self._batch_of(job, loaded, context, seeds, len(made))
+            except Exception as error:
+                if not device.is_out_of_memory(error) or halved or batch == 1:
+                    raise
+                halved = True
+                self._batch = batch // 2
+            if halved:
+                device.forget_unused(loaded.device)
+        return made
+
+    def _batch_of(
+        self, job: _Job, loaded: pipelines.LoadedPipeline, context: MethodContext, seeds: list[int], before: int
+    ) -> list[Image.Image]:
+        """Make one picture per seed; progress counts the steps of all pictures of the job."""
+        asked = job.asked
+
+        def before_step(done: int, total: int) -> None:
+            if done:
+                context.progress(
+                    before * total + done * len(seeds), total * asked.count, f"{before + len(seeds)}/{asked.count}"
+                )
+            if context.should_stop():
+                raise Cancelled
+
+        if loaded.family == "other":
+            return _call_pipeline(job, loaded, seeds, before_step)
+        guided = sampling.is_guided(loaded, job.guidance)
+        latents = sampling.denoise(
+            loaded,
+            sampling.encode_prompt(loaded, asked.prompt, asked.negative_prompt, guided),
+            seeds=seeds,
+            steps=asked.steps,
+            guidance=job.guidance,
+            width=job.width,
+            height=job.height,
+            scheduler_name=asked.scheduler,
+            before_step=before_step,
+        )
+        return sampling.decode(loaded, latents)
+
+
+@torch.no_grad()
+def _call_pipeline(
+    job: _Job, loaded: pipelines.LoadedPipeline, seeds: list[int], before_step: sampling.BeforeStep
+) -> list[Image.Image]:
+    """Run a pipeline's own call; what it does not take is refused, and a stop leaves by an exception between two steps."""
+    pipe, asked = loaded.pipe, job.asked
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if asked.scheduler is not None:
+        raise InputRefused("scheduler", f"{type(pipe).__name__} keeps its own sampler; leave scheduler out")
+    wanted: dict[str, Any] = {
+        "negative_prompt": asked.negative_prompt or None,
+        "guidance_scale": job.guidance if asked.guidance is not None else None,
+        "width": asked.width,
+        "height": asked.height,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    for name in given:
+        if name not in accepted:
+            raise InputRefused(name.removesuffix("_scale"), f"{type(pipe).__name__} does not take it; leave it out")
+    before_step(0, asked.steps)
+
+    def on_step_end(_pipe: Any, index: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        before_step(min(index + 1, asked.steps), asked.steps)
+        return tensors
+
+    if "callback_on_step_end" in accepted:
+        given["callback_on_step_end"] = on_step_end
+    output = pipe(
+        prompt=asked.prompt,
+        num_inference_steps=asked.steps,
+        num_images_per_prompt=len(seeds),
+        generator=sampling.generators(seeds),
+        **given,
+    )
+    before_step(asked.steps, asked.steps)
+    return list(output.images)
+
+
+def _save(
+    made: list[Image.Image], job: _Job, loaded: pipelines.LoadedPipeline, context: MethodContext
+) -> tuple[tuple[ResultFile, ...], dict[str, Any]]:
+    asked = job.asked
+    facts: dict[str, Any] = {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "steps": asked.steps,
+        "guidance": job.guidance,
+        "scheduler": asked.scheduler or type(loaded.pipe.scheduler).__name__,
+        "model": loaded.model.id,
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    if loaded.model.adapter_dir is not None:
+        facts["adapter_scale"] = asked.adapter_scale
+        facts["base_model"] = loaded.adapter.facts.get("base_model", "") if loaded.adapter else ""
+    files: list[ResultFile] = []
+    seeds: list[int] = []
+    for index, picture in enumerate(made):
+        own = {**facts, "seed": job.seed + index, "width": picture.width, "height": picture.height}
+        path = context.output_dir / f"picture-{index:02d}.png"
+        pictures.save_png(picture, path, own)
+        files.append(ResultFile(path, "image/png", "picture"))
+        seeds.append(job.seed + index)
+    return tuple(files), {**facts, "seeds": seeds, "width": made[0].width, "height": made[0].height}
