@@ -1,0 +1,405 @@
+"""The embedded message queue: one SQLite file, shared by processes, durable at every put.
+
+Puts run with synchronous=FULL and are committed in groups: callers that arrive while a commit is on its way share the next one.
+Takes and acknowledgements run with synchronous=NORMAL: losing one in a power failure only means a second delivery, which every
+reader of an at-least-once queue must bear anyway.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from api.ss_queue import DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS message(
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, priority INTEGER NOT NULL,
+  body BLOB NOT NULL, state INTEGER NOT NULL, due_at REAL NOT NULL, deliveries INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(queue, message_id));
+CREATE INDEX IF NOT EXISTS message_ready ON message(queue, priority DESC, seq) WHERE state = 0;
+CREATE INDEX IF NOT EXISTS message_due ON message(queue, state, due_at) WHERE state > 0;
+CREATE TABLE IF NOT EXISTS seen(
+  n INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, UNIQUE(queue, message_id));
+CREATE TABLE IF NOT EXISTS dead(
+  n INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, priority INTEGER NOT NULL,
+  body BLOB NOT NULL, reason TEXT NOT NULL, deliveries INTEGER NOT NULL, died_at REAL NOT NULL, UNIQUE(queue, message_id));
+"""
+_READY, _LEASED, _DELAYED = 0, 1, 2
+_COLUMNS = "queue, message_id, body, priority, seq, deliveries"
+
+
+@dataclass(slots=True)
+class _Put:
+    """Messages of one caller on their way into a commit."""
+
+    queue: str
+    messages: Sequence[Outgoing]
+    again: bool
+    done: bool = False
+    new: int = 0
+    error: Exception | None = None
+
+
+class SqliteQueue:
+    """Named queues in one SQLite file; see `api.ss_queue.Queue` for what each call promises.
+
+    Safe across threads and processes. A waiting reader in the same process wakes at once; one in another process notices a
+    commit within `poll_s`.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        max_deliveries: int = 5,
+        max_messages: int = 1_000_000,
+        max_body_bytes: int = 1 << 20,
+        remember: int = 1_000_000,
+        max_dead: int = 100_000,
+        poll_s: float = 0.02,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = Path(path)
+        self._max_deliveries = max_deliveries
+        self._max_messages = max_messages
+        self._max_body_bytes = max_body_bytes
+        self._remember = remember
+        self._max_dead = max_dead
+        self._poll_s = poll_s
+        self._clock = clock
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._durable = _open(self.path, "FULL")
+        self._durable_lock = threading.Lock()
+        self._light = _open(self.path, "NORMAL")
+        self._light_lock = threading.RLock()
+        self._pending: list[_Put] = []
+        self._pending_lock = threading.Lock()
+        self._bell = threading.Condition()
+        self._puts = 0
+        self._closed = False
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def put(self, queue: str, message_id: str, body: bytes, priority: int = 0, delay_s: float = 0.0) -> bool:
+        """Store a message; returns when it is durable. False: the id was known and nothing changed."""
+        return self.put_many(queue, (Outgoing(message_id, body, priority, delay_s),)) == 1
+
+    def put_many(self, queue: str, messages: Sequence[Outgoing], *, again: bool = False) -> int:
+        """Store messages in one commit and return how many were new; raises QueueRefused, QueueBroken."""
+        if not messages:
+            return 0
+        for message in messages:
+            if len(message.body) > self._max_body_bytes:
+                raise QueueRefused(
+                    f"message {message.message_id}: {len(message.body)} bytes are more than the {self._max_body_bytes} a message "
+                    "may have; put large content into the file store and send its id"
+                )
+        entry = _Put(queue, messages, again)
+        with self._pending_lock:
+            self._pending.append(entry)
+        with self._durable_lock:
+            if not entry.done:
+                with self._pending_lock:
+                    batch, self._pending = self._pending, []
+                self._commit(batch)
+        if entry.error is not None:
+            raise entry.error
+        return entry.new
+
+    def _commit(self, batch: list[_Put]) -> None:
+        now = self._clock()
+        broken: Exception | None = None
+        try:
+            with _transaction(self._durable):
+                held = self._held()
+                for entry in batch:
+                    if held + len(entry.messages) > self._max_messages:
+                        entry.error = QueueRefused(
+                            f"the queue holds {held} of {self._max_messages} messages; try again when it has been worked off"
+                        )
+                        continue
+                    entry.new = self._insert(entry, now)
+                    held += entry.new
+        except QueueBroken as error:
+            broken = error
+        for entry in batch:
+            entry.error = entry.error or broken
+            entry.done = True
+        with self._bell:
+            self._puts += 1
+            self._bell.notify_all()
+
+    def _held(self) -> int:
+        """Return how many messages are stored; the span of numbers bounds it without counting."""
+        low, high = self._durable.execute(
+            "SELECT (SELECT min(seq) FROM message), (SELECT max(seq) FROM message)"
+        ).fetchone()
+        span = 0 if low is None else high - low + 1
+        if span < self._max_messages // 2:
+            return int(span)
+        return int(self._durable.execute("SELECT count(*) FROM message").fetchone()[0])
+
+    def _insert(self, entry: _Put, now: float) -> int:
+        new = 0
+        db = self._durable
+        for message in entry.messages:
+            key = (entry.queue, message.message_id)
+            if entry.again:
+                db.execute("DELETE FROM seen WHERE queue = ? AND message_id = ?", key)
+            known = db.execute(
+                "SELECT 1 FROM seen WHERE queue = ?1 AND message_id = ?2"
+                " UNION ALL SELECT 1 FROM dead WHERE queue = ?1 AND message_id = ?2",
+                key,
+            ).fetchone()
+            if known:
+                continue
+            state = _DELAYED if message.delay_s > 0 else _READY
+            row = (*key, message.priority, message.body, state, now + message.delay_s)
+            new += db.execute(
+                "INSERT OR IGNORE INTO message(queue, message_id, priority, body, state, due_at) VALUES(?,?,?,?,?,?)",
+                row,
+            ).rowcount
+        return new
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def take(self, queue: str, n: int = 1, lease_s: float = 30.0, wait_s: float = 0.0) -> list[Delivery]:
+        """Lease up to `n` messages, waiting up to `wait_s` for the first; an expired lease delivers again."""
+        until = time.monotonic() + wait_s
+        pause = 0.001
+        while True:
+            if self._closed:
+                return []
+            with self._bell:
+                puts = self._puts
+            version = self._version()
+            taken = self._take_now(queue, n, lease_s)
+            if taken or wait_s <= 0:
+                return taken
+            # Nothing there: sleep until somebody in this process puts, another process commits, or a lease may have expired.
+            checks = 0
+            while self._version() == version and checks < 10:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return []
+                with self._bell:
+                    if self._puts != puts or self._bell.wait(min(left, pause)):
+                        break
+                pause = min(pause * 2, self._poll_s)
+                checks += 1
+
+    def _version(self) -> int:
+        with self._light_lock:
+            return -1 if self._closed else int(self._light.execute("PRAGMA data_version").fetchone()[0])
+
+    def _take_now(self, queue: str, n: int, lease_s: float) -> list[Delivery]:
+        now = self._clock()
+        with self._light_lock:
+            db = self._light
+            if self._closed:
+                return []
+            # Looking first without the write lock keeps idle readers from disturbing writers.
+            idle = db.execute(
+                "SELECT NOT EXISTS(SELECT 1 FROM message WHERE queue = ?1 AND state = 0) AND NOT EXISTS("
+                "SELECT 1 FROM message WHERE queue = ?1 AND state IN (1, 2) AND due_at <= ?2)",
+                (queue, now),
+            ).fetchone()[0]
+            if idle:
+                return []
+            with _transaction(db):
+                db.execute(
+                    "UPDATE message SET state = 0 WHERE queue = ? AND state IN (1, 2) AND due_at <= ?", (queue, now)
+                )
+                taken: list[Delivery] = []
+                while len(taken) < n:
+                    rows = db.execute(
+                        f"SELECT {_COLUMNS} FROM message WHERE queue = ? AND state = 0 ORDER BY priority DESC, seq LIMIT ?",  # noqa: S608
+                        (queue, n - len(taken)),
+                    ).fetchall()
+                    if not rows:
+                        break
+                    for row in rows:
+                        delivery = self._lease(db, row, now + lease_s)
+                        if delivery is not None:
+                            taken.append(delivery)
+                return taken
+
+    def _lease(
+        self, db: sqlite3.Connection, row: tuple[str, str, bytes, int, int, int], until: float
+    ) -> Delivery | None:
+        """Lease a row, or bury it when it was delivered too often."""
+        queue, message_id, body, priority, seq, deliveries = row
+        if deliveries >= self._max_deliveries:
+            reason = f"delivered {deliveries} times and never acknowledged"
+            self._bury(db, Delivery(queue, message_id, body, priority, seq, deliveries), reason)
+            return None
+        db.execute("UPDATE message SET state = 1, due_at = ?, deliveries = deliveries + 1 WHERE seq = ?", (until, seq))
+        return Delivery(queue, message_id, body, priority, seq, deliveries + 1)
+
+    def claim(self, queue: str, message_id: str, lease_s: float = 30.0) -> Delivery | None:
+        """Lease one message by its id, out of turn; None when it is absent or leased by somebody."""
+        now = self._clock()
+        with self._light_lock, _transaction(self._light) as db:
+            row = db.execute(
+                f"SELECT {_COLUMNS} FROM message WHERE queue = ? AND message_id = ? AND (state != 1 OR due_at <= ?)",  # noqa: S608
+                (queue, message_id, now),
+            ).fetchone()
+            return self._lease(db, row, now + lease_s) if row else None
+
+    def peek(self, queue: str, message_id: str) -> Delivery | None:
+        """Return a stored message without leasing it; its receipt is good for nothing."""
+        with self._light_lock:
+            row = self._light.execute(
+                f"SELECT {_COLUMNS} FROM message WHERE queue = ? AND message_id = ?",  # noqa: S608
+                (queue, message_id),
+            ).fetchone()
+        return Delivery(row[0], row[1], row[2], row[3], row[4], 0) if row else None
+
+    # --- ending a delivery ------------------------------------------------------------------------------------------
+
+    def ack(self, deliveries: Sequence[Delivery]) -> int:
+        """Forget messages that are dealt with; returns how many of the leases were still held."""
+        if not deliveries:
+            return 0
+        with self._light_lock, _transaction(self._light) as db:
+            acked = 0
+            for item in deliveries:
+                held = db.execute(
+                    "DELETE FROM message WHERE seq = ? AND deliveries = ? AND state = 1", (item.seq, item.deliveries)
+                ).rowcount
+                if held:
+                    db.execute(
+                        "INSERT OR IGNORE INTO seen(queue, message_id) VALUES(?, ?)", (item.queue, item.message_id)
+                    )
+                    acked += 1
+            db.execute("DELETE FROM seen WHERE n <= (SELECT max(n) FROM seen) - ?", (self._remember,))
+            return acked
+
+    def nack(self, deliveries: Sequence[Delivery], delay_s: float = 0.0) -> int:
+        """Give messages back, to be delivered again after the delay."""
+        state = _DELAYED if delay_s > 0 else _READY
+        with self._light_lock, _transaction(self._light) as db:
+            given = sum(
+                db.execute(
+                    "UPDATE message SET state = ?, due_at = ? WHERE seq = ? AND deliveries = ? AND state = 1",
+                    (state, self._clock() + delay_s, item.seq, item.deliveries),
+                ).rowcount
+                for item in deliveries
+            )
+        with self._bell:
+            self._puts += 1
+            self._bell.notify_all()
+        return given
+
+    def extend(self, deliveries: Sequence[Delivery], lease_s: float) -> int:
+        """Lengthen leases to `lease_s` from now; returns how many were still held."""
+        with self._light_lock, _transaction(self._light) as db:
+            return sum(
+                db.execute(
+                    "UPDATE message SET due_at = ? WHERE seq = ? AND deliveries = ? AND state = 1",
+                    (self._clock() + lease_s, item.seq, item.deliveries),
+                ).rowcount
+                for item in deliveries
+            )
+
+    # --- dead letters -----------------------------------------------------------------------------------------------
+
+    def bury(self, deliveries: Sequence[Delivery], reason: str) -> int:
+        """Move messages to the dead letters, by order."""
+        with self._light_lock, _transaction(self._light) as db:
+            return sum(self._bury(db, item, reason, held=True) for item in deliveries)
+
+    def _bury(self, db: sqlite3.Connection, item: Delivery, reason: str, *, held: bool = False) -> int:
+        guard = " AND deliveries = ? AND state = 1" if held else ""
+        key = (item.seq, item.deliveries) if held else (item.seq,)
+        if not db.execute(f"DELETE FROM message WHERE seq = ?{guard}", key).rowcount:  # noqa: S608
+            return 0
+        row = (item.queue, item.message_id, item.priority, item.body, reason, item.deliveries, self._clock())
+        db.execute(
+            "INSERT OR REPLACE INTO dead(queue, message_id, priority, body, reason, deliveries, died_at) VALUES(?,?,?,?,?,?,?)",
+            row,
+        )
+        db.execute("DELETE FROM dead WHERE n <= (SELECT max(n) FROM dead) - ?", (self._max_dead,))
+        return 1
+
+    def list_dead(self, queue: str, limit: int = 100) -> list[DeadLetter]:
+        """Return dead letters, the newest first."""
+        with self._light_lock:
+            rows = self._light.execute(
+                "SELECT queue, message_id, body, priority, reason, deliveries, died_at FROM dead WHERE queue = ?"
+                " ORDER BY n DESC LIMIT ?",
+                (queue, limit),
+            ).fetchall()
+        return [DeadLetter(*row) for row in rows]
+
+    def requeue_dead(self, queue: str, message_id: str) -> bool:
+        """Put a dead letter back in its queue with its deliveries forgotten; False when there is none."""
+        with self._durable_lock, _transaction(self._durable) as db:
+            key = (queue, message_id)
+            moved = db.execute(
+                "INSERT OR IGNORE INTO message(queue, message_id, priority, body, state, due_at)"
+                " SELECT queue, message_id, priority, body, 0, 0 FROM dead WHERE queue = ? AND message_id = ?",
+                key,
+            ).rowcount
+            db.execute("DELETE FROM dead WHERE queue = ? AND message_id = ?", key)
+        with self._bell:
+            self._puts += 1
+            self._bell.notify_all()
+        return moved > 0
+
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """Return ``{queue: {"ready", "leased", "delayed", "dead"}}``."""
+        names = {_READY: "ready", _LEASED: "leased", _DELAYED: "delayed"}
+        counts: dict[str, dict[str, int]] = {}
+        with self._light_lock:
+            rows = self._light.execute("SELECT queue, state, count(*) FROM message GROUP BY queue, state").fetchall()
+            dead = self._light.execute("SELECT queue, count(*) FROM dead GROUP BY queue").fetchall()
+        for queue in sorted({row[0] for row in rows} | {row[0] for row in dead}):
+            counts[queue] = {"ready": 0, "leased": 0, "delayed": 0, "dead": 0}
+        for queue, state, number in rows:
+            counts[queue][names[state]] = number
+        for queue, number in dead:
+            counts[queue]["dead"] = number
+        return counts
+
+    def close(self) -> None:
+        """Close the storage and wake waiting readers."""
+        with self._durable_lock, self._light_lock:
+            self._closed = True
+            with self._bell:
+                self._bell.notify_all()
+            self._durable.close()
+            self._light.close()
+
+
+def _open(path: Path, synchronous: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute(f"PRAGMA synchronous = {synchronous}")
+    db.execute("PRAGMA journal_size_limit = 67108864")
+    db.executescript(_SCHEMA)
+    return db
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Run a write transaction; a storage error is final and never retried."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise QueueBroken(
+            f"the message queue's storage failed: {error}; free the disk or repair it, then start again"
+        ) from error
