@@ -10,12 +10,13 @@ from engine.tasks import Micros, TaskState
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Room on a node that a waiting task claims while the Pods or tasks in its way go; worlds ignore it."""
+    """Room on a node that a waiting task claims while the Pods in its way go; worlds ignore it."""
 
-    req_no: str
     node: str
     grants: tuple[GpuGrant, ...]
     demand: Demand
+    pods: tuple[int, ...]
+    """The Pods that must be gone first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,6 @@ class DeletePod:
     pod: int
     reason: str
     grace_us: Micros = 0
-    room: Room | None = None
-    """Whom it makes room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,6 @@ class StopTask:
     grace_us: Micros = 0
     reason: str = ""
     keep_checkpoint: bool = False
-    room: Room | None = None
-    """Whom it makes room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +106,8 @@ class Notify:
     pod: int = 0
     """The warm Pod that `rank` of a gang waits in, while the others' Pods are being created."""
     rank: int = 0
+    room: Room | None = None
+    """Room that a PENDING task claims."""
 
 
 Command = CreatePod | DeletePod | StartTask | StopTask | PrefetchModel | ScaleNodes | Notify

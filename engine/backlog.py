@@ -1,0 +1,433 @@
+"""What waits and what is free for it: indices over the state, kept by watching it, rebuilt from it after a recovery.
+
+A task that waits stands in two lines: one for a slot in a warm Pod of its kind, one for room for a new Pod of its demand. Lines of
+which nothing is free sleep, and cost nothing however long they are; what becomes free wakes exactly the lines it may serve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+
+from engine.entities import Group, Pod, Task, Tenant
+from engine.fit import Fit
+from engine.lines import Line, account_of
+from engine.profile import Profile
+from engine.resources import WHOLE_GPU, Demand
+from engine.state import State
+from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
+from engine.timers import Timers
+
+
+class WarmSet:
+    """Pods of one kind with the same memory cap per GPU that have a free slot."""
+
+    __slots__ = ("by_node", "cap", "heap", "kind")
+
+    def __init__(self, kind: Kind, cap: int) -> None:
+        self.kind = kind
+        self.cap = cap
+        self.heap: list[tuple[int, int, int, int, Pod]] = []
+        """(still creating, order of slots, number, tasks in it, Pod), lazily."""
+        self.by_node: dict[int, dict[int, Pod]] = {}
+
+
+class Kind:
+    """Pods that can stand in for each other: the same method, model, slots and demand besides GPU memory."""
+
+    __slots__ = ("lines", "sets")
+
+    def __init__(self) -> None:
+        self.sets: list[WarmSet] = []
+        """By rising cap."""
+        self.lines: dict[tuple[int, int], WarmLine] = {}
+        """(needed memory per GPU, node's row or -1) -> line."""
+
+    def set_of(self, cap: int) -> WarmSet:
+        """Return the set of a cap, made on first sight."""
+        for each in self.sets:
+            if each.cap == cap:
+                return each
+        made = WarmSet(self, cap)
+        self.sets.append(made)
+        self.sets.sort(key=lambda each: each.cap)
+        return made
+
+
+class WarmLine(Line):
+    """Tasks that wait for a slot in a warm Pod."""
+
+    __slots__ = ("kind", "need")
+
+    def __init__(self, kind: Kind, need: int, node: int) -> None:
+        super().__init__(node)
+        self.kind = kind
+        self.need = need
+
+
+class RoomLine(Line):
+    """Tasks that wait for room for a new Pod (or, `members` > 1, for as many at once)."""
+
+    __slots__ = ("failed_at", "fit", "members")
+
+    def __init__(self, fit: Fit, node: int, members: int) -> None:
+        super().__init__(node)
+        self.fit = fit
+        self.members = members
+        self.failed_at: tuple[int, int] = (-1, -1)
+        """What was idle and free when making room failed last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a task asks for once predictions and past failures are taken in."""
+
+    kind: Kind
+    need: int
+    demand: Demand
+    slots: int
+
+
+def cap_of(pod: Pod) -> int:
+    """Return the GPU memory that a task in the Pod may use."""
+    return min((grant.memory_bytes for grant in pod.grants), default=0)
+
+
+def rounded_up(memory_bytes: int) -> int:
+    """Round predicted memory up by at most an eighth, so that similar predictions share a shape."""
+    step = max(1 << 26, 1 << max(0, memory_bytes.bit_length() - 4))
+    return -(-memory_bytes // step) * step
+
+
+class Backlog:
+    """Implements `state.Watch`."""
+
+    def __init__(self, state: State, profile: Profile) -> None:
+        self.state = state
+        self.profile = profile
+        self.kinds: dict[tuple[str, str, int, Demand], Kind] = {}
+        self.fits: dict[tuple[Demand, bool], Fit] = {}
+        self.shapes: dict[tuple[str, str, int, Demand], Shape] = {}
+        self.room_lines: dict[tuple[Demand, bool, int, int], RoomLine] = {}
+        self.bound: dict[int, dict[RoomLine, None]] = {}
+        """Room lines of one node, by its row."""
+        self.active: dict[Line, None] = {}
+        """Lines that something may be free for."""
+        self.parked: dict[int, dict[Line, None]] = {}
+        """Tenant -> lines in which tasks of it may be parked."""
+        self.idle: dict[int, Pod] = {}
+        self.idle_version = 0
+        self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
+        """(method, model) -> its Pods that are not gone."""
+        self.possible: dict[Demand, tuple[int, bool]] = {}
+        """Demand -> (topology, whether any node could ever hold it)."""
+        self.timers = Timers()
+        self.ages: list[tuple[Micros, int, int, Task]] = []
+        self._ticket = 0
+        self._cursor = 0
+        self._epoch = -1
+        self._largest = state.cluster.largest_gpu_bytes
+        self._scorers = profile.scorer_values()
+        self._common = Tenant("", -1)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Build every index anew from the state."""
+        state = self.state
+        self.kinds.clear()
+        self.fits.clear()
+        self.shapes.clear()
+        self.room_lines.clear()
+        self.bound.clear()
+        self.active.clear()
+        self.parked.clear()
+        self.idle.clear()
+        self.by_model.clear()
+        self.ages.clear()
+        self.timers = Timers()
+        self._largest = state.cluster.largest_gpu_bytes
+        for pod in state.pods.values():
+            pod.warm, pod.offered, pod.check_at = None, -1, NEVER
+            pod.look_at_devices()
+            self.pod_changed(pod)
+            self.timers.watch_pod(pod, state.now + 1)
+        for group in state.groups.values():
+            group.waiting.clear()
+        for task in state.tasks.values():
+            task.line_ticket, task.lines = 0, ()
+            if task.req_no in state.terminal:
+                continue
+            if task.deadline is not None:
+                self.task_due(task, task.deadline)
+            if task.retry_at is not None:
+                self.task_due(task, task.retry_at)
+            if task.admitted and task.state is TaskState.PENDING and task.req_no not in state.claims:
+                self.waits(task)
+
+    # --- what the state tells ------------------------------------------------------------------------------------------
+
+    def waits(self, task: Task) -> None:
+        """Put a task into its lines."""
+        shape = self.shape_of(task)
+        spec, group = task.spec, task.group
+        row, empty = -1, False
+        if group is not None and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
+            group.waiting[task.req_no] = task
+            if group.node is not None:
+                row = group.node.index
+            else:
+                empty = spec.affinity is Affinity.EXCLUSIVE
+        room = self._room_line(shape.demand, empty, row, spec.members)
+        lines: tuple[Line, ...] = (room,)
+        if self.profile.warm_reuse and not empty and spec.members == 1:
+            warm = shape.kind.lines.get((shape.need, row))
+            if warm is None:
+                warm = shape.kind.lines[shape.need, row] = WarmLine(shape.kind, shape.need, row)
+            lines = (warm, room)
+        ordering = self.profile.ordering
+        band, key = ordering.rank(task, self.state.now)
+        accounts = account_of(task, ordering.fair_tenants, ordering.fair_groups, self._common)
+        self._ticket += 1
+        task.line_ticket = self._ticket
+        task.lines = lines
+        for line in lines:
+            line.push(task, band, key, accounts, self._ticket)
+            if not line.active:
+                line.active = True
+                self.active[line] = None
+            if task.tenant.max_running:
+                self.parked.setdefault(task.tenant.seq, {})[line] = None
+        if band and ordering.age_us:
+            heappush(self.ages, (task.submitted_at + ordering.age_us, task.seq, self._ticket, task))
+            if len(self.ages) > 1024 + 2 * self.state.pending:
+                self.ages = [entry for entry in self.ages if entry[3].line_ticket == entry[2]]
+                heapify(self.ages)
+
+    def leaves(self, task: Task) -> None:
+        """Void a task's ticket."""
+        if not task.line_ticket:
+            return
+        task.line_ticket = 0
+        for line in task.lines:
+            line.live -= 1
+        task.lines = ()
+        if task.group is not None and task.group.waiting:
+            task.group.waiting.pop(task.req_no, None)
+
+    def regrouped(self, group: Group) -> None:
+        """Move the waiting tasks of a group to the lines of its node, or back."""
+        for task in list(group.waiting.values()):
+            self.leaves(task)
+            self.waits(task)
+
+    def tenant_changed(self, tenant: Tenant) -> None:
+        """Let tasks that waited for their tenant's quota be seen again."""
+        lines = self.parked.get(tenant.seq)
+        if lines and not (tenant.max_running and tenant.running >= tenant.max_running):
+            for line in lines:
+                if line.unpark(tenant):
+                    self.wake(line)
+            if not tenant.max_running:
+                del self.parked[tenant.seq]
+
+    def pod_changed(self, pod: Pod) -> None:
+        """Offer a Pod's free slots, or withdraw them."""
+        warm = pod.warm
+        if warm is None:
+            demand = pod.demand
+            kind = self._kind(pod.method, pod.model, pod.slots, demand)
+            warm = pod.warm = kind.set_of(cap_of(pod))
+            self.by_model.setdefault((pod.method, pod.model), {})[pod.number] = pod
+        if pod.state is PodState.GONE:
+            self._forget(pod)
+        busy = len(pod.tasks)
+        row = pod.node.index
+        if busy >= pod.slots or not pod.usable:
+            if pod.offered >= 0:
+                pod.offered = -1
+                here = warm.by_node[row]
+                del here[pod.number]
+                if not here:
+                    del warm.by_node[row]
+            self.idle.pop(pod.number, None)
+            return
+        if pod.offered < 0:
+            warm.by_node.setdefault(row, {})[pod.number] = pod
+        pod.offered = busy
+        exclusive = pod.node.exclusive is not None
+        creating = pod.state is PodState.CREATING
+        if not exclusive:
+            heappush(warm.heap, (creating, busy if self.profile.spread_slots else -busy, pod.number, busy, pod))
+            if len(warm.heap) > 64 + 8 * len(warm.by_node):
+                self._compact(warm)
+        if busy or creating:
+            self.idle.pop(pod.number, None)
+        elif pod.number not in self.idle:
+            self.idle[pod.number] = pod
+            self.idle_version += 1
+        for (need, line_row), line in warm.kind.lines.items():
+            if (
+                line.live
+                and not line.active
+                and need <= warm.cap
+                and (line_row == row or (line_row < 0 and not exclusive))
+            ):
+                self.wake(line)
+
+    def check_pod(self, pod: Pod, at: Micros) -> None:
+        """Look at a Pod at a time."""
+        self.timers.watch_pod(pod, at)
+
+    def task_due(self, task: Task, at: Micros) -> None:
+        """Look at a task at a time."""
+        self.timers.watch_task(task, at)
+
+    # --- what the levels ask -------------------------------------------------------------------------------------------
+
+    def wake(self, line: Line) -> None:
+        """Let a line be looked at."""
+        if not line.active:
+            line.active = True
+            self.active[line] = None
+
+    def sleep(self, line: Line) -> None:
+        """Let a line be until something is free for it."""
+        line.active = False
+        del self.active[line]
+
+    def promote(self, now: Micros) -> None:
+        """Move tasks that have waited long enough to the first band."""
+        ages = self.ages
+        while ages and ages[0][0] <= now:
+            _, _, ticket, task = heappop(ages)
+            if task.line_ticket == ticket:
+                self.leaves(task)
+                self.waits(task)
+
+    def wake_by_changes(self) -> None:
+        """Wake the lines for which nodes that changed since the last call may have room."""
+        cluster = self.state.cluster
+        if cluster.largest_gpu_bytes != self._largest:
+            self.rebuild()
+        whole = self._epoch != cluster.epoch
+        changed = cluster.changes if whole else cluster.changes[self._cursor :]
+        if not changed and not whole:
+            return
+        self._epoch, self._cursor = cluster.epoch, len(cluster.changes)
+        for row in list(self.bound) if whole else dict.fromkeys(changed):
+            for line in list(self.bound.get(row, ())):
+                if line.live:
+                    self.wake(line)
+                else:
+                    self._drop_room_line(line)
+        for line in list(self.room_lines.values()):
+            if line.node >= 0 or line.active:
+                continue
+            if not line.live:
+                self._drop_room_line(line)
+            elif line.members > 1 or line.fit.best() is not None:
+                self.wake(line)
+
+    def pick_warm(self, shape: Shape, task: Task, row: int) -> Pod | None:
+        """Return the warm Pod for a task: on its group's node if there is one, else the one that slots are taken from next."""
+        group = task.group
+        prefer = row
+        if row < 0 and group is not None and group.node is not None and self.prefers_group_node(task):
+            prefer = group.node.index
+        found = None
+        for warm in shape.kind.sets:
+            if warm.cap < shape.need or not warm.by_node:
+                continue
+            if prefer >= 0 and prefer in warm.by_node:
+                here = [p for p in warm.by_node[prefer].values() if p.node.exclusive in (None, group)]
+                if here:
+                    return min(here, key=lambda p: (p.state is PodState.CREATING, p.offered, p.number))
+            if row < 0 and found is None:
+                found = self._top(warm)
+        return found
+
+    def prefers_group_node(self, task: Task) -> bool:
+        """Tell whether the task's group draws it to its node."""
+        affinity = task.spec.affinity
+        return affinity is not Affinity.NONE and (self.profile.group_affinity or affinity is not Affinity.PREFERRED)
+
+    def oldest_idle(self) -> list[Pod]:
+        """Return the idle Pods, the longest idle first."""
+        return sorted(self.idle.values(), key=lambda pod: (pod.idle_since, pod.number))
+
+    def shape_of(self, task: Task) -> Shape:
+        """Return what the task asks for."""
+        spec = task.spec
+        demand, slots = spec.demand, spec.slots
+        if demand.gpus:
+            if task.alone:
+                memory = max(demand.gpu_memory_bytes, min(task.memory_floor, self._largest or task.memory_floor))
+                demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
+            elif self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None:
+                predicted = task.estimate.gpu_memory_bytes
+                if predicted:
+                    memory = rounded_up(predicted)
+                    demand = replace(demand, gpu_memory_bytes=min(memory, self._largest or memory))
+        key = (spec.method, spec.model, slots, demand)
+        shape = self.shapes.get(key)
+        if shape is None:
+            kind = self._kind(spec.method, spec.model, slots, demand)
+            shape = self.shapes[key] = Shape(kind, demand.gpu_memory_bytes, demand, slots)
+        return shape
+
+    def fit(self, demand: Demand, empty: bool = False) -> Fit:
+        """Return where a demand fits."""
+        fit = self.fits.get((demand, empty))
+        if fit is None:
+            fit = self.fits[demand, empty] = Fit(self.state.cluster, demand, self._scorers, empty)
+        return fit
+
+    def _forget(self, pod: Pod) -> None:
+        key = (pod.method, pod.model)
+        self.by_model[key].pop(pod.number, None)
+        if not self.by_model[key]:
+            del self.by_model[key]
+
+    def _kind(self, method: str, model: str, slots: int, demand: Demand) -> Kind:
+        key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
+        kind = self.kinds.get(key)
+        if kind is None:
+            kind = self.kinds[key] = Kind()
+        return kind
+
+    def _room_line(self, demand: Demand, empty: bool, row: int, members: int) -> RoomLine:
+        key = (demand, empty, row, members)
+        line = self.room_lines.get(key)
+        if line is None:
+            line = self.room_lines[key] = RoomLine(self.fit(demand, empty), row, members)
+            if row >= 0:
+                self.bound.setdefault(row, {})[line] = None
+        return line
+
+    def _drop_room_line(self, line: RoomLine) -> None:
+        if line.active:
+            self.sleep(line)
+        del self.room_lines[line.fit.demand, line.fit.empty, line.node, line.members]
+        if line.node >= 0:
+            del self.bound[line.node][line]
+            if not self.bound[line.node]:
+                del self.bound[line.node]
+
+    def _top(self, warm: WarmSet) -> Pod | None:
+        heap = warm.heap
+        while heap:
+            creating, _, _, busy, pod = heap[0]
+            if pod.offered == busy and (pod.state is PodState.CREATING) == creating and pod.node.exclusive is None:
+                return pod
+            heappop(heap)
+        return None
+
+    def _compact(self, warm: WarmSet) -> None:
+        sign = 1 if self.profile.spread_slots else -1
+        warm.heap = [
+            (pod.state is PodState.CREATING, sign * pod.offered, pod.number, pod.offered, pod)
+            for pods in warm.by_node.values()
+            for pod in pods.values()
+            if pod.node.exclusive is None
+        ]
+        heapify(warm.heap)

@@ -1,0 +1,127 @@
+"""Where a demand fits and how well: a vector over nodes that is looked at again only where nodes changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.cluster import Cluster
+from engine.entities import Node
+from engine.levels.scorers import Scorer
+from engine.resources import Demand
+
+
+class Fit:
+    """The masked scores of all nodes for one demand; -1 where it does not fit.
+
+    With `empty`, only nodes without any Pod count (for a group that wants a node for itself). Nodes that a group has for itself
+    never count here: its own tasks look at their node directly, by `fits`.
+    """
+
+    __slots__ = ("_amounts", "_cluster", "_cursor", "_epoch", "_scorers", "demand", "empty", "scores")
+
+    def __init__(
+        self, cluster: Cluster, demand: Demand, scorers: tuple[tuple[Scorer, int], ...], empty: bool = False
+    ) -> None:
+        self.demand = demand
+        self.empty = empty
+        self._cluster = cluster
+        self._amounts = cluster.amounts(demand)
+        self._scorers = scorers
+        self._epoch = -1
+        self._cursor = 0
+        self.scores: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def refresh(self) -> None:
+        """Look again at every node that changed since the last call."""
+        cluster = self._cluster
+        changes = cluster.changes
+        if self._epoch == cluster.epoch and len(self.scores) == len(cluster):
+            new = len(changes) - self._cursor
+            if new == 0:
+                return
+            if new * 8 < len(cluster) or new < 16:
+                scores, nodes = self.scores, cluster.nodes
+                for row in dict.fromkeys(changes[self._cursor :]) if new > 1 else changes[self._cursor :]:
+                    scores[row] = self._score(nodes[row])
+                self._cursor = len(changes)
+                return
+        self._refill()
+        self._epoch = cluster.epoch
+        self._cursor = len(changes)
+
+    def best(self) -> Node | None:
+        """Return the best node (the first of equals), or None when none fits."""
+        self.refresh()
+        if not len(self.scores):
+            return None
+        row = int(self.scores.argmax())
+        return self._cluster.nodes[row] if self.scores[row] >= 0 else None
+
+    def score(self, node: Node) -> int:
+        """Return a node's masked score as of the last refresh."""
+        return int(self.scores[node.index])
+
+    def fits(self, node: Node) -> bool:
+        """Tell whether the demand fits on a node now, whoever has the node for itself."""
+        if not node.up or node.draining:
+            return False
+        free = node.free
+        for column, amount in self._amounts:
+            if free[column] < amount:
+                return False
+        demand = self.demand
+        need = demand.gpus
+        if need:
+            share, memory, models = demand.gpu_share, demand.gpu_memory_bytes, demand.gpu_models
+            for g in node.gpus:
+                if g.share_free >= share and g.memory_free >= memory and (not models or g.model in models) and g.open:
+                    need -= 1
+                    if need == 0:
+                        return True
+            return False
+        return True
+
+    def _score(self, node: Node) -> int:
+        if node.exclusive is not None or (self.empty and node.pods) or not self.fits(node):
+            return -1
+        cluster, demand = self._cluster, self.demand
+        return sum(weight * scorer.node(cluster, node, demand) for scorer, weight in self._scorers)
+
+    def _refill(self) -> None:
+        cluster, demand = self._cluster, self.demand
+        n = len(cluster)
+        good = cluster.is_open[:n] & (cluster.exclusive[:n] < 0)
+        if self.empty:
+            good &= cluster.pods[:n] == 0
+        for column, amount in self._amounts:
+            good &= cluster.free[:n, column] >= amount
+        if demand.gpus:
+            fitting = (cluster.gpu_share[:n] >= demand.gpu_share) & (cluster.gpu_memory[:n] >= demand.gpu_memory_bytes)
+            if demand.gpu_models:
+                fitting &= np.isin(cluster.gpu_model[:n], [cluster.model(name) for name in demand.gpu_models])
+            good &= fitting.sum(axis=1) >= demand.gpus
+        scores = np.zeros(n, dtype=np.int64)
+        for scorer, weight in self._scorers:
+            scores += weight * scorer.nodes(cluster, demand)
+        self.scores = np.where(good, scores, -1)
+
+
+def possible(cluster: Cluster, demand: Demand) -> bool:
+    """Tell whether any known node could ever hold the demand, were it empty, up and well."""
+    n = len(cluster)
+    good = np.ones(n, dtype=np.bool_)
+    for column, amount in cluster.amounts(demand):
+        good &= cluster.total[:n, column] >= amount
+    if not demand.gpus:
+        return bool(good.any())
+    for row in np.flatnonzero(good):
+        have = 0
+        for gpu in cluster.nodes[row].spec.gpus:
+            if gpu.memory_bytes >= demand.gpu_memory_bytes and (
+                not demand.gpu_models or gpu.model in demand.gpu_models
+            ):
+                have += 1
+        if have >= demand.gpus:
+            return True
+    return False

@@ -1,0 +1,189 @@
+"""Levels 3 and 4, placement and binding: which node, which GPUs, which Pod, for whoever is next."""
+
+from __future__ import annotations
+
+from engine.backlog import RoomLine, Shape, WarmLine
+from engine.cluster import pick_gpus
+from engine.commands import CreatePod, Notify, PrefetchModel, Room, StartTask
+from engine.entities import Node, Pod, Task
+from engine.levels.creation import create_pod
+from engine.levels.gangs import place_gang
+from engine.levels.room import make_room
+from engine.lines import Line, Rank
+from engine.reasons import Reason
+from engine.resources import GpuGrant
+from engine.tasks import PodState, TaskState
+from engine.turn import Turn
+
+
+def place(turn: Turn) -> None:
+    """Place waiting tasks, the next one first, until nothing more fits; then make room by reclaiming idle Pods."""
+    backlog = turn.backlog
+    backlog.wake_by_changes()
+    placed = 0
+    while True:
+        while backlog.active:
+            if placed >= turn.limits.placements_per_step:
+                turn.more = True
+                return
+            best = _next(turn)
+            if best is None:
+                break
+            line, rank, task = best
+            if isinstance(line, WarmLine):
+                done = _place_warm(turn, line, rank, task)
+            else:
+                assert isinstance(line, RoomLine)
+                done = _place_new(turn, line, task)
+            if done:
+                placed += 1
+            else:
+                backlog.sleep(line)
+        if not reclaim(turn):
+            return
+
+
+def _next(turn: Turn) -> tuple[Line, Rank, Task] | None:
+    """Return the awake line with the task that is next; lines where nobody waits go to sleep."""
+    best: tuple[Line, Rank, Task] | None = None
+    for line in list(turn.backlog.active):
+        head = line.head()
+        if head is None:
+            turn.backlog.sleep(line)
+        elif best is None or head[0] < best[1] or (head[0] == best[1] and isinstance(line, WarmLine)):
+            best = (line, head[0], head[1])
+    return best
+
+
+def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
+    """Bind a task to a slot of a warm Pod, unless another that has waited much longer takes the Pod's room."""
+    shape = turn.backlog.shape_of(task)
+    pod = turn.backlog.pick_warm(shape, task, line.node)
+    if pod is None:
+        return False
+    if not pod.tasks and turn.profile.reclaim_idle and _yield_to_cold(turn, rank, task):
+        return True
+    bind_warm(turn, task, pod)
+    return True
+
+
+def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
+    """Give a task a slot of a Pod: start it, or let it wait for a Pod that is being created."""
+    attempt = task.attempt + 1
+    if pod.state is PodState.CREATING:
+        turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
+    else:
+        turn.order(StartTask(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint))
+
+
+def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
+    """Create a Pod for a task where there is room."""
+    shape = turn.backlog.shape_of(task)
+    if line.members > 1:
+        return place_gang(turn, line, task, shape)
+    node = choose_node(turn, line, task, shape)
+    if node is None:
+        return False
+    grants = pick_gpus(node, shape.demand)
+    assert grants is not None
+    create_pod(turn, task, node, grants, shape)
+    return True
+
+
+def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | None:
+    """Return the node for a new Pod: the group's, else the best by score with a bonus where the model is cached."""
+    backlog, cluster, fit = turn.backlog, turn.state.cluster, line.fit
+    group = task.group
+    if line.node >= 0:
+        node = cluster.nodes[line.node]
+        return node if node.exclusive in (None, group) and fit.fits(node) else None
+    best = fit.best()
+    if best is None:
+        return None
+    if group is not None and group.node is not None and backlog.prefers_group_node(task) and fit.score(group.node) >= 0:
+        return group.node
+    bonus = turn.profile.cached_model_bonus
+    if not bonus or task.spec.model in best.models:
+        return best
+    top = (fit.score(best) - bonus, -best.index)
+    for row in cluster.cached.get(task.spec.model, ()):
+        score = int(fit.scores[row])
+        if score >= 0 and (score, -row) > top:
+            best, top = cluster.nodes[row], (score, -row)
+    return best
+
+
+def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
+    """Give an idle Pod's room to a task that ranks before the one the Pod would serve, if that has waited long enough."""
+    backlog = turn.backlog
+    best: tuple[Rank, Task, RoomLine] | None = None
+    for line in backlog.room_lines.values():
+        if line.live and not line.active and line.node < 0 and line.members == 1:
+            head = line.head()
+            if head is not None and head[0] < (best[0] if best else rank):
+                best = (head[0], head[1], line)
+    if best is None:
+        return False
+    cold_rank, cold, line = best
+    if cold_rank[0] == rank[0] and cold.submitted_at + turn.profile.warm_first_us > task.submitted_at:
+        return False
+    return claim_room(turn, cold, line)
+
+
+def reclaim(turn: Turn) -> bool:
+    """Make room for tasks that fit nowhere, from Pods that nobody uses; tell whether any room is being made."""
+    backlog = turn.backlog
+    if not turn.profile.reclaim_idle or not backlog.idle:
+        return False
+    waiting = []
+    for line in backlog.room_lines.values():
+        if line.live and not line.active and line.members == 1 and line.failed_at != _version(turn):
+            head = line.head()
+            if head is not None:
+                waiting.append((head[0], line, head[1]))
+    waiting.sort(key=lambda item: item[0])
+    made = False
+    for _, line, task in waiting:
+        if task.line_ticket and claim_room(turn, task, line):
+            made = True
+            backlog.wake(line)
+    return made
+
+
+def _version(turn: Turn) -> tuple[int, int]:
+    cluster = turn.state.cluster
+    return turn.backlog.idle_version, cluster.version
+
+
+def claim_room(turn: Turn, task: Task, line: RoomLine) -> bool:
+    """Claim room for a task where idle Pods can go."""
+    if len(turn.state.claims) >= turn.limits.claims or line.failed_at == _version(turn):
+        return False
+    found = make_room(turn, task, line)
+    if found is None:
+        line.failed_at = _version(turn)
+        return False
+    node, grants, victims = found
+    demand = line.fit.demand
+    room = Room(node.name, grants, demand, tuple(pod.number for pod in victims))
+    turn.count(Reason.ROOM_CLAIMED)
+    detail = f"room is being made on node {node.name}"
+    turn.order(
+        Notify(
+            task.req_no,
+            TaskState.PENDING,
+            task.attempt,
+            Reason.ROOM_CLAIMED,
+            detail,
+            "",
+            node.name,
+            turn.now,
+            room=room,
+        )
+    )
+    for pod in victims:
+        turn.delete(pod, Reason.ROOM)
+    model = task.spec.model
+    if model and model not in node.models:
+        turn.order(PrefetchModel(node.name, model))
+    return True

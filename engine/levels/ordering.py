@@ -1,0 +1,74 @@
+"""Level 2, ordering: who is next. A policy ranks a task once, when it enters a line; virtual times do the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.entities import Task
+from engine.tasks import SECOND, URGENT_PRIORITY, Micros
+
+
+class Ordering(Protocol):
+    """Ranks tasks. Band 0 goes before band 1; inside a band tenants and groups share fairly where asked; then the key counts."""
+
+    fair_tenants: bool
+    fair_groups: bool
+    age_us: Micros
+    """A task that has waited this long since it was submitted moves to band 0; 0: never."""
+
+    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+        """Return (band, key); the smaller key is sooner, and equal keys go by submission."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fifo:
+    """First come, first served, whoever comes."""
+
+    fair_tenants: bool = False
+    fair_groups: bool = False
+    age_us: Micros = 0
+
+    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+        """Everyone is equal."""
+        return 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class ByPriority:
+    """The higher priority first, as kube-scheduler's PrioritySort does; equals by submission."""
+
+    fair_tenants: bool = False
+    fair_groups: bool = False
+    age_us: Micros = 0
+
+    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+        """Rank by priority alone."""
+        return 0, -task.spec.priority
+
+
+@dataclass(frozen=True, slots=True)
+class Fair:
+    """Urgent first, with ageing; weighted fair share between tenants and between groups; then the shortest predicted first.
+
+    In band 0 are urgent tasks and those that have waited for `age_us`, by the time at which they entered it; a higher priority counts
+    as having come `priority_step_us` earlier per step, so that nobody there waits for ever.
+    """
+
+    fair_tenants: bool = True
+    fair_groups: bool = True
+    age_us: Micros = 600 * SECOND
+    priority_step_us: Micros = 1 * SECOND
+    shortest_first: bool = True
+
+    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+        """Rank by band, then as the class says."""
+        if task.urgent:
+            return 0, task.submitted_at - (task.spec.priority - URGENT_PRIORITY) * self.priority_step_us
+        if self.age_us and task.submitted_at + self.age_us <= now:
+            return 0, task.submitted_at + self.age_us
+        return 1, task.predicted_us() if self.shortest_first else 0
+
+
+ORDERINGS: dict[str, type[Fifo] | type[ByPriority] | type[Fair]] = {"fifo": Fifo, "priority": ByPriority, "fair": Fair}

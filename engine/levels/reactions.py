@@ -1,0 +1,227 @@
+"""What follows from the facts of a step: the agenda that the fold wrote, and whatever is due by now."""
+
+from __future__ import annotations
+
+from engine import agenda
+from engine.commands import DeletePod, Notify, StartTask, StopTask
+from engine.entities import Claim, Node, Pod, Task
+from engine.levels.admission import admit
+from engine.levels.creation import create_pod
+from engine.reasons import Reason
+from engine.tasks import NEVER, NOT_RETRYABLE, FailureCause, Micros, PodState, TaskState
+from engine.turn import Turn
+
+_STARTED = (TaskState.STARTING, TaskState.RUNNING)
+
+
+def work_off(turn: Turn) -> None:
+    """Work off the agenda in the order of the facts; what it calls for may add to it."""
+    items = turn.state.agenda
+    index = 0
+    while index < len(items):
+        code, item = items[index]
+        index += 1
+        REACTIONS[code](turn, item)
+    items.clear()
+
+
+def work_off_due(turn: Turn) -> None:
+    """Look at every task and Pod that is due."""
+    turn.backlog.promote(turn.now)
+    for item in turn.backlog.timers.take_due(turn.now):
+        if isinstance(item, Task):
+            _task_due(turn, item)
+        else:
+            _pod_due(turn, item)
+    work_off(turn)
+
+
+def _submitted(turn: Turn, task: Task) -> None:
+    if not task.admitted and task.state is TaskState.PENDING:
+        admit(turn, task)
+
+
+def _cancel(turn: Turn, task: Task) -> None:
+    if task.state in (TaskState.PENDING, TaskState.BACKOFF, TaskState.BOUND):
+        turn.tell(task, TaskState.CANCELLED, Reason.CANCELLED)
+    elif task.state in _STARTED or task.state is TaskState.STOPPING:
+        stop(turn, task, Reason.CANCELLED)
+
+
+def stop(turn: Turn, task: Task, reason: Reason, keep_checkpoint: bool = False) -> None:
+    """Stop every member of a task's attempt that has not ended."""
+    grace = turn.limits.grace_us if keep_checkpoint else 0
+    turn.count(reason)
+    for rank, number in enumerate(task.pods):
+        if task.live >> rank & 1:
+            node = turn.state.pods[number].node.name
+            turn.order(StopTask(task.req_no, task.attempt, number, node, rank, grace, reason, keep_checkpoint))
+
+
+def _ended(turn: Turn, task: Task) -> None:
+    """Decide what follows an attempt without a result: cancelled, again at once, again later, or dead."""
+    if task.state is not TaskState.BACKOFF or task.retry_at is not None:
+        return
+    if task.cancel_requested:
+        turn.tell(task, TaskState.CANCELLED, Reason.CANCELLED)
+        return
+    if task.stop_reason == Reason.PREEMPTED and task.cause is None:
+        turn.tell(task, TaskState.PENDING, Reason.PREEMPTED)
+        return
+    cause = task.cause or (FailureCause.TIMED_OUT if task.stop_reason == Reason.RUN_LIMIT else FailureCause.CRASHED)
+    if cause in NOT_RETRYABLE:
+        turn.tell(task, TaskState.DEAD, Reason.NOT_RETRYABLE, f"{cause}: {task.detail}")
+        return
+    attempts = min(task.spec.max_attempts, turn.limits.attempts)
+    if task.failures + 1 >= attempts:
+        turn.tell(
+            task, TaskState.DEAD, Reason.ATTEMPTS_USED, f"{cause} in the last of {attempts} attempts: {task.detail}"
+        )
+        return
+    wait = min(turn.limits.backoff_us << min(task.failures, 40), turn.limits.backoff_cap_us)
+    turn.tell(task, TaskState.BACKOFF, Reason.RETRY, f"{cause}: {task.detail}", turn.now + wait)
+
+
+def _pod_started(turn: Turn, pod: Pod) -> None:
+    """Start the tasks that waited for a Pod; where a gang waits for others as well, it goes on waiting."""
+    if pod.state is PodState.GONE:
+        return
+    usable = pod.usable
+    for req_no in list(pod.tasks):
+        task = turn.state.tasks[req_no]
+        if task.state is not TaskState.BOUND:
+            continue
+        if not usable:
+            turn.tell(task, TaskState.PENDING, Reason.DRAINED)
+            continue
+        pods = [turn.state.pods[number] for number in task.pods if number]
+        if len(pods) < task.spec.members or any(p.state is PodState.CREATING for p in pods):
+            continue
+        for rank, each in enumerate(pods):
+            turn.order(StartTask(req_no, task.attempt, each.number, each.node.name, rank, task.checkpoint))
+    if not usable and not pod.tasks:
+        turn.delete(pod, Reason.DRAINED)
+
+
+def _doomed(turn: Turn, pod: Pod) -> None:
+    turn.delete(pod, Reason.GPU_LOST)
+
+
+def _stop_rest(turn: Turn, task: Task) -> None:
+    if task.state in _STARTED:
+        stop(turn, task, Reason.GANG_FAILED)
+
+
+def _running(turn: Turn, task: Task) -> None:
+    node = _node_name(turn, task)
+    turn.order(Notify(task.req_no, TaskState.RUNNING, task.attempt, "", "", "", node, turn.now))
+
+
+def _node_name(turn: Turn, task: Task) -> str:
+    pod = turn.state.pods.get(task.pods[0]) if task.pods else None
+    return pod.node.name if pod is not None else ""
+
+
+def _finished(turn: Turn, task: Task) -> None:
+    turn.order(Notify(task.req_no, TaskState.FINISHED, task.attempt, "", "", task.result, "", turn.now))
+
+
+def _orphan(turn: Turn, number: int) -> None:
+    turn.count(Reason.UNKNOWN_POD)
+    turn.order(DeletePod(number, Reason.UNKNOWN_POD))
+
+
+def _roomy(turn: Turn, claim: Claim) -> None:
+    """Use claimed room once it is free, if the node and the devices are still good for it."""
+    state = turn.state
+    if state.claims.get(claim.req_no) is not claim or claim.waits_for:
+        return
+    task = state.tasks[claim.req_no]
+    if not claim_holds(claim):
+        turn.tell(task, TaskState.PENDING, Reason.NODE_DOWN)
+        return
+    create_pod(turn, task, claim.node, claim.grants, turn.backlog.shape_of(task))
+
+
+def claim_holds(claim: Claim) -> bool:
+    """Tell whether claimed room may still be used."""
+    node = claim.node
+    if not node.up or node.draining:
+        return False
+    return all(grant.uuid in node.by_uuid and node.by_uuid[grant.uuid].open for grant in claim.grants)
+
+
+def _node_changed(turn: Turn, node: Node) -> None:
+    """Let idle Pods go that may not be used again, and drop claims that cannot be kept."""
+    for claim in [c for c in turn.state.claims.values() if c.node is node and not claim_holds(c)]:
+        turn.tell(turn.state.tasks[claim.req_no], TaskState.PENDING, Reason.NODE_DOWN)
+    for pod in list(node.pods.values()):
+        _pod_unused(turn, pod)
+
+
+def _pod_unused(turn: Turn, pod: Pod) -> None:
+    if not pod.tasks and not pod.usable and pod.state in (PodState.READY, PodState.IDLE):
+        turn.delete(pod, Reason.ROOM if pod.claimed_by else Reason.DRAINED)
+
+
+def _task_due(turn: Turn, task: Task) -> None:
+    """Start a retry whose time has come; give a task up that has not started in time."""
+    if task.req_no in turn.state.terminal:
+        return
+    waits = task.state in (TaskState.PENDING, TaskState.BACKOFF, TaskState.BOUND)
+    if task.deadline is not None and task.deadline <= turn.now and waits:
+        turn.tell(task, TaskState.DEAD, Reason.START_DEADLINE, "it had not started by its start deadline")
+    elif task.state is TaskState.BACKOFF and task.retry_at is not None and task.retry_at <= turn.now:
+        turn.tell(task, TaskState.PENDING, Reason.RETRY)
+
+
+def _pod_due(turn: Turn, pod: Pod) -> None:
+    """Look at a Pod: is it late, is a task in it late, is it idle for too long? Then say when to look again."""
+    pod.check_at = NEVER
+    now, limits, state = turn.now, turn.limits, turn.state
+    if pod.state is PodState.GONE or pod.state is PodState.STOPPING:
+        return
+    due: list[Micros] = []
+    if pod.state is PodState.CREATING:
+        due.append(pod.created_at + limits.pod_start_us)
+    elif not pod.tasks and not turn.is_kept(pod):
+        if pod.idle_since + limits.idle_ttl_us <= now:
+            turn.delete(pod, Reason.IDLE)
+            return
+        due.append(pod.idle_since + limits.idle_ttl_us)
+    elif not pod.tasks:
+        turn.backlog.timers.watch_pod(pod, now + limits.idle_ttl_us)
+    for req_no in list(pod.tasks):
+        task = state.tasks[req_no]
+        if task.state is TaskState.STARTING:
+            due.append(task.ordered_at + limits.start_us)
+        elif task.state is TaskState.STOPPING:
+            grace = limits.grace_us if task.stop_reason == Reason.PREEMPTED else 0
+            due.append(task.stopping_since + grace + limits.stop_us)
+        elif task.state is TaskState.RUNNING and task.spec.run_limit_us is not None:
+            at = task.started_at + task.spec.run_limit_us
+            if at <= now:
+                stop(turn, task, Reason.RUN_LIMIT)
+                due.append(now + limits.stop_us)
+            else:
+                due.append(at)
+    if due and min(due) <= now:
+        turn.delete(pod, Reason.UNRESPONSIVE)
+    elif due:
+        turn.backlog.timers.watch_pod(pod, min(due))
+
+
+REACTIONS = {
+    agenda.SUBMITTED: _submitted,
+    agenda.CANCEL: _cancel,
+    agenda.ENDED: _ended,
+    agenda.POD_STARTED: _pod_started,
+    agenda.DOOMED: _doomed,
+    agenda.STOP_REST: _stop_rest,
+    agenda.RUNNING: _running,
+    agenda.FINISHED: _finished,
+    agenda.ORPHAN: _orphan,
+    agenda.ROOMY: _roomy,
+    agenda.NODE_CHANGED: _node_changed,
+    agenda.POD_UNUSED: _pod_unused,
+}

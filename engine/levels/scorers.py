@@ -1,0 +1,87 @@
+"""Scorers of the placement level: how good a node is for a demand that fits there. Larger is better; thousandths, whole numbers.
+
+Each comes twice, for one node in plain integers and for many rows in numpy, and both give the same number: the first refreshes a
+node that changed, the second fills a cache. Whole numbers make that exact on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.cluster import CPU, MEMORY, Cluster
+from engine.entities import Node
+from engine.resources import Demand
+
+Scores = npt.NDArray[np.int64]
+
+
+class Scorer(Protocol):
+    """Scores nodes for a demand."""
+
+    def node(self, cluster: Cluster, node: Node, demand: Demand) -> int:
+        """Return the score of one node."""
+        ...
+
+    def nodes(self, cluster: Cluster, demand: Demand) -> Scores:
+        """Return int64[n] scores of all nodes."""
+        ...
+
+
+class Spread:
+    """Load balance: the larger the free fraction of GPUs, CPU and memory, the better (LeastAllocated of kube-scheduler)."""
+
+    def node(self, cluster: Cluster, node: Node, demand: Demand) -> int:
+        """Return thousandths, the mean over what the node has at all."""
+        parts = total = 0
+        gpus = [g.share_free for g in node.gpus if g.open]
+        if gpus:
+            parts, total = parts + 1, total + max(0, sum(gpus)) // len(gpus)
+        spec = node.spec
+        if spec.cpu_milli:
+            parts, total = parts + 1, total + max(0, node.free[CPU]) * 1000 // spec.cpu_milli
+        if spec.memory_bytes:
+            parts, total = parts + 1, total + max(0, node.free[MEMORY]) * 1000 // spec.memory_bytes
+        return total // max(1, parts)
+
+    def nodes(self, cluster: Cluster, demand: Demand) -> Scores:
+        """Return thousandths for every node."""
+        n = len(cluster)
+        share = cluster.gpu_share[:n]
+        is_open = cluster.gpu_size[:n] >= 0
+        count = is_open.sum(axis=1)
+        gpu = np.maximum(0, np.where(is_open, share, 0).sum(axis=1)) // np.maximum(1, count)
+        cpu_total, memory_total = cluster.total[:n, CPU], cluster.total[:n, MEMORY]
+        cpu = np.maximum(0, cluster.free[:n, CPU]) * 1000 // np.maximum(1, cpu_total)
+        memory = np.maximum(0, cluster.free[:n, MEMORY]) * 1000 // np.maximum(1, memory_total)
+        parts = (count > 0).astype(np.int64) + (cpu_total > 0) + (memory_total > 0)
+        scores: Scores = ((count > 0) * gpu + (cpu_total > 0) * cpu + (memory_total > 0) * memory) // np.maximum(
+            1, parts
+        )
+        return scores
+
+
+class BestFit:
+    """Keep large room whole: the less GPU share (CPU, where a node has no GPU) is left on the node, the better."""
+
+    def node(self, cluster: Cluster, node: Node, demand: Demand) -> int:
+        """Return thousandths of the node that are in use."""
+        gpus = [g.share_free for g in node.gpus if g.open]
+        if gpus:
+            return 1000 - max(0, sum(gpus)) // len(gpus)
+        return 1000 - max(0, node.free[CPU]) * 1000 // max(1, node.spec.cpu_milli)
+
+    def nodes(self, cluster: Cluster, demand: Demand) -> Scores:
+        """Return thousandths for every node."""
+        n = len(cluster)
+        is_open = cluster.gpu_size[:n] >= 0
+        count = is_open.sum(axis=1)
+        gpu = np.maximum(0, np.where(is_open, cluster.gpu_share[:n], 0).sum(axis=1)) // np.maximum(1, count)
+        cpu = np.maximum(0, cluster.free[:n, CPU]) * 1000 // np.maximum(1, cluster.total[:n, CPU])
+        scores: Scores = 1000 - np.where(count > 0, gpu, cpu)
+        return scores
+
+
+SCORERS: dict[str, Scorer] = {"spread": Spread(), "best_fit": BestFit()}

@@ -1,0 +1,52 @@
+"""A profile names a whole set of policies, one per level; it is a stateless value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.levels.ordering import Fifo, Ordering
+from engine.levels.scorers import SCORERS, Scorer
+from engine.tasks import SECOND, Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The policies of all levels."""
+
+    name: str = "fifo"
+    # admission
+    reject_impossible: bool = True
+    # ordering
+    ordering: Ordering = field(default_factory=Fifo)
+    # placement
+    scorers: tuple[tuple[str, int], ...] = ()
+    """(name, weight); none: the first node that fits."""
+    group_affinity: bool = True
+    cached_model_bonus: int = 0
+    """Added to the score of a node whose cache probably holds the model."""
+    # binding
+    warm_reuse: bool = True
+    spread_slots: bool = True
+    """Prefer the warm Pod with the fewest tasks in it; else the one with the most."""
+    predicted_memory: bool = False
+    """Give shared GPUs by the predicted P99 of memory where an estimate has one."""
+    warm_first_us: Micros = 0
+    """How much longer a task must have waited than the next one that fits a warm Pod, before that Pod goes for its sake."""
+    reclaim_idle: bool = True
+    # preemption
+    preempt: bool = False
+    urgent_weight: int = 10
+    """Worth of a microsecond of an urgent task's waiting, in microseconds of ordinary work lost."""
+    preempt_patience_us: Micros = 5 * SECOND
+    """How long an urgent task waits before others are stopped for it."""
+    reload_us: Micros = 30 * SECOND
+    """Loss of a preemption besides the work since the last checkpoint."""
+    # elasticity
+    keep_deployed: bool = True
+    scale_after_us: Micros = 0
+    """Ask for more nodes when work that fits nowhere has waited this long; 0: never."""
+    scale_nodes_max: int = 0
+
+    def scorer_values(self) -> tuple[tuple[Scorer, int], ...]:
+        """Return the scorers behind the names."""
+        return tuple((SCORERS[name], weight) for name, weight in self.scorers)
