@@ -1,0 +1,90 @@
+"""The nested means at the heart of the predictor: a fine key borrows strength from the coarser ones above it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from predictors.decay import Cell
+from predictors.features import COVARIATES, Key
+
+_GUESS_STRENGTH = 0.25
+
+
+class Ladder:
+    """Decayed empirical-Bayes means of a target along nested keys, with the mean covariates they stand for.
+
+    Each rung with n observations is pulled to its parent by n / (n + strength). The covariates' means travel along, so that a
+    caller can correct for the distance between a request's own covariates and those of the history it borrows.
+    Cells are ``[weight, sum of targets, sums of covariates ..., time in seconds]``.
+    """
+
+    __slots__ = ("cells", "limit", "memory_s", "strength")
+
+    def __init__(self, memory_s: float, strength: float, limit: int) -> None:
+        self.memory_s = memory_s
+        self.strength = strength
+        self.limit = limit
+        self.cells: dict[Key, Cell] = {}
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def climb(
+        self, keys: Sequence[Key], now_s: float, start: float, covariates: tuple[float, float, float]
+    ) -> tuple[float, tuple[float, float, float], list[float]]:
+        """Return the shrunk mean, the covariates' distance from the history's own, and each rung's weight.
+
+        Without any history the mean is ``start`` and the distance is zero. The start is a guess, so the first rung hardly holds on
+        to it.
+        """
+        mean = start
+        pictures, steps, pixels = own_pictures, own_steps, own_pixels = covariates
+        weights: list[float] = []
+        strength = _GUESS_STRENGTH
+        for key in keys:
+            cell = self.cells.get(key)
+            if cell is None:
+                weights.append(0.0)
+                continue
+            decay = math.exp(min(0.0, cell[5] - now_s) / self.memory_s)
+            weight = cell[0] * decay
+            weights.append(weight)
+            keep = strength / (weight + strength)
+            share = decay / (weight + strength)
+            strength = self.strength
+            mean = keep * mean + share * cell[1]
+            pictures = keep * pictures + share * cell[2]
+            steps = keep * steps + share * cell[3]
+            pixels = keep * pixels + share * cell[4]
+        return mean, (own_pictures - pictures, own_steps - steps, own_pixels - pixels), weights
+
+    def add(
+        self,
+        keys: Sequence[Key],
+        now_s: float,
+        target: float,
+        covariates: tuple[float, float, float],
+        weight: float = 1.0,
+    ) -> None:
+        """Add one observation to every rung."""
+        for key in keys:
+            cell = self.cells.pop(key, None)
+            if cell is None:
+                cell = [0.0] * (3 + COVARIATES)
+                cell[5] = now_s
+            decay = math.exp(min(0.0, cell[5] - now_s) / self.memory_s)
+            self.cells[key] = [
+                cell[0] * decay + weight,
+                cell[1] * decay + weight * target,
+                cell[2] * decay + weight * covariates[0],
+                cell[3] * decay + weight * covariates[1],
+                cell[4] * decay + weight * covariates[2],
+                max(cell[5], now_s),
+            ]
+        while len(self.cells) > self.limit:
+            del self.cells[next(iter(self.cells))]
+
+    def rows(self) -> Iterator[tuple[Key, Cell]]:
+        """Yield every key with its cell, the longest untouched first."""
+        yield from self.cells.items()

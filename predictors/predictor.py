@@ -1,0 +1,221 @@
+"""Container resource prediction in one place: how long a task runs, how much GPU memory it needs, how likely it fails.
+
+>>> predictor = Predictor()
+>>> task = {"method": "sleep", "declared_us": 2_000_000}
+>>> predictor.observe(task, now_us=5_000_000, run_us=2_000_000)
+>>> predictor.predict(task, now_us=6_000_000).p50_us
+2000000
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from engine.tasks import SECOND, Micros, Quantiles
+from predictors.duration import DurationModel, DurationSettings, Outlook
+from predictors.failure import FailureModel
+from predictors.features import Feature, Request, read_request
+from predictors.memory import GpuMemoryModel
+from predictors.speed import SpeedRatios
+
+LEVELS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
+"""The quantiles of every prediction; the central 80, 90 and 99% intervals are among them."""
+LONGEST_US: Micros = 90 * 86400 * SECOND
+"""No prediction is longer than this."""
+_METHODS = 64
+_TAIL_POINTS = 24
+_PRIOR_S = {"dreambooth": 600.0, "text_to_image": 10.0}
+
+
+class Outcome(StrEnum):
+    """How an attempt ended, as far as it teaches something."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+    FAILED = "failed"
+    """By the task's own fault: it crashed, its input was bad, its model missing."""
+    LOST = "lost"
+    """By the platform's fault: node, Pod or GPU lost."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What is predicted about one task on one GPU model. Times are run times in microseconds."""
+
+    request: Request
+    gpu_model: str
+    mean_us: Micros
+    quantiles_us: tuple[Micros, ...]
+    """At `LEVELS`, never decreasing."""
+    failure_chance: float
+    gpu_memory_bytes: int
+    """P99 of the peak per GPU; 0 when unknown."""
+    elapsed_us: Micros
+    """The task is known to have run so long; all times count from its start and are at least this."""
+    outlook: Outlook
+    log_ratio: float
+    """Log of run time on this GPU model over that on the reference, as it was known then."""
+
+    @property
+    def p50_us(self) -> Micros:
+        """Return the median run time."""
+        return self.quantiles_us[6]
+
+    @property
+    def p80_us(self) -> Micros:
+        """Return the run time that 80% stay below."""
+        return self.quantiles_us[8]
+
+    @property
+    def p90_us(self) -> Micros:
+        """Return the run time that 90% stay below: what may be promised."""
+        return self.quantiles_us[9]
+
+    @property
+    def p99_us(self) -> Micros:
+        """Return the run time that 99% stay below."""
+        return self.quantiles_us[12]
+
+    def quantiles(self) -> Quantiles:
+        """Return the engine's form."""
+        return Quantiles(mean=self.mean_us, p50=self.p50_us, p90=self.p90_us, p99=self.p99_us)
+
+    def remaining(self) -> Quantiles:
+        """Return the engine's form of the time still to go after `elapsed_us`."""
+        gone = self.elapsed_us
+        return Quantiles(self.mean_us - gone, self.p50_us - gone, self.p90_us - gone, self.p99_us - gone)
+
+
+class Predictor:
+    """Learns online, one finished task at a time; one stack per AI method. Time is an argument, in microseconds.
+
+    It learns only what it is told, so label delay is honoured as long as `observe` is called when a task has ended.
+    """
+
+    __slots__ = ("failures", "memory", "methods", "settings", "speeds", "watermark_us")
+
+    def __init__(self, settings: DurationSettings | None = None) -> None:
+        self.settings = settings or DurationSettings()
+        self.methods: dict[str, DurationModel] = {}
+        self.failures = FailureModel()
+        self.memory = GpuMemoryModel()
+        self.speeds = SpeedRatios()
+        self.watermark_us: Micros = 0
+        """The latest time of which something was learned."""
+
+    def predict(
+        self,
+        features: Mapping[str, Feature] | Request,
+        now_us: Micros,
+        gpu_model: str = "*",
+        elapsed_us: Micros = 0,
+    ) -> Prediction:
+        """Predict a task; with ``elapsed_us``, one that has already run so long."""
+        request = features if isinstance(features, Request) else read_request(features)
+        now_s = now_us / SECOND
+        log_ratio = self.speeds.log_ratio(request.method, gpu_model, now_s)
+        model = self.methods.get(request.method) or self._new_model(request.method)
+        outlook = model.look(request, now_s)
+        mean_us, quantiles_us = _times(model, outlook, log_ratio, elapsed_us)
+        return Prediction(
+            request=request,
+            gpu_model=gpu_model,
+            mean_us=mean_us,
+            quantiles_us=quantiles_us,
+            failure_chance=self.failures.chance(request, now_s),
+            gpu_memory_bytes=self.memory.p99_bytes(request, now_s),
+            elapsed_us=elapsed_us,
+            outlook=outlook,
+            log_ratio=log_ratio,
+        )
+
+    def on(self, prediction: Prediction, gpu_model: str, now_us: Micros) -> Prediction:
+        """Return the same prediction for another GPU model; cheaper than predicting again."""
+        log_ratio = self.speeds.log_ratio(prediction.request.method, gpu_model, now_us / SECOND)
+        model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
+        mean_us, quantiles_us = _times(model, prediction.outlook, log_ratio, prediction.elapsed_us)
+        return replace(prediction, gpu_model=gpu_model, log_ratio=log_ratio, mean_us=mean_us, quantiles_us=quantiles_us)
+
+    def remaining(self, prediction: Prediction, elapsed_us: Micros) -> Prediction:
+        """Return the prediction re-conditioned on the task having run for ``elapsed_us``: F(t | T > elapsed).
+
+        Its quantiles still count from the task's start; `Prediction.remaining` gives the time to go.
+        """
+        model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
+        mean_us, quantiles_us = _times(model, prediction.outlook, prediction.log_ratio, elapsed_us)
+        return replace(prediction, elapsed_us=elapsed_us, mean_us=mean_us, quantiles_us=quantiles_us)
+
+    def observe(
+        self,
+        features: Mapping[str, Feature] | Request,
+        now_us: Micros,
+        run_us: Micros,
+        outcome: Outcome = Outcome.FINISHED,
+        gpu_model: str = "*",
+        prediction: Prediction | None = None,
+        peak_gpu_memory_bytes: int = 0,
+        allotted_gpu_memory_bytes: int = 0,
+    ) -> None:
+        """Learn from an attempt that ended at ``now_us`` after ``run_us``.
+
+        Pass the ``prediction`` made when the task was submitted: then what is learned about errors is what a prediction really
+        errs by. A cancelled or timed-out attempt is right-censored; an out-of-memory says nothing about time.
+        """
+        request = features if isinstance(features, Request) else read_request(features)
+        now_s = now_us / SECOND
+        self.watermark_us = max(self.watermark_us, now_us)
+        if outcome is Outcome.LOST:
+            return
+        if outcome is not Outcome.CANCELLED:
+            self.failures.learn(request, now_s, failed=outcome is not Outcome.FINISHED)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            self.memory.learn_out_of_memory(request, now_s, allotted_gpu_memory_bytes, peak_gpu_memory_bytes)
+        if outcome in (Outcome.OUT_OF_MEMORY, Outcome.FAILED) or run_us <= 0:
+            return
+        model = self._touch(request.method)
+        outlook = prediction.outlook if prediction is not None else model.look(request, now_s)
+        log_ratio = self.speeds.log_ratio(request.method, gpu_model, now_s)
+        seconds = run_us / SECOND * math.exp(-log_ratio)
+        if outcome is Outcome.FINISHED:
+            self.memory.learn(request, now_s, peak_gpu_memory_bytes)
+            off = math.log(max(run_us, 1) / SECOND) - outlook.centre
+            known = 0.0 if outlook.blind else outlook.model_weight / (outlook.model_weight + 4.0)
+            self.speeds.learn(request.method, gpu_model, now_s, off, known)
+            model.learn(request, outlook, now_s, seconds, self.speeds.trust(request.method, gpu_model, now_s))
+        else:
+            model.learn_censored(request, outlook, now_s, seconds)
+
+    def _touch(self, method: str) -> DurationModel:
+        model = self.methods.pop(method, None) or self._new_model(method)
+        self.methods[method] = model
+        if len(self.methods) > _METHODS:
+            del self.methods[next(iter(self.methods))]
+        return model
+
+    def _new_model(self, method: str) -> DurationModel:
+        return DurationModel(replace(self.settings, prior_s=_PRIOR_S.get(method, self.settings.prior_s)))
+
+
+def _times(
+    model: DurationModel, outlook: Outlook, log_ratio: float, elapsed_us: Micros
+) -> tuple[Micros, tuple[Micros, ...]]:
+    centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool
+    if elapsed_us <= 0:
+        times = [_micros(centre + scale * pool.quantile(level)) for level in LEVELS]
+        return min(LONGEST_US, int(math.exp(min(centre, 40.0)) * pool.smear(scale) * SECOND)), tuple(times)
+    gone = (math.log(elapsed_us / SECOND) - centre) / scale
+    times = [max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in LEVELS]
+    points = [(i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)]
+    mean = sum(max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in points) // _TAIL_POINTS
+    return mean, tuple(times)
+
+
+def _micros(log_s: float) -> Micros:
+    if log_s > 15.87:
+        return LONGEST_US
+    return round(math.exp(log_s) * SECOND)

@@ -1,0 +1,120 @@
+"""The shape of the predictor's errors: a pool of recent standardised residuals that turns a centre and a scale into quantiles."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Iterable
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+PSEUDO = 64
+"""Normal residuals a new pool starts with; the first real ones replace them, one by one."""
+NORMAL_SPREAD = 1.9
+"""A normal residual over the exponential of the mean log of its size has this standard deviation: exp(0.635)."""
+_GRID = 48
+_REFRESH = 16
+
+
+class ResidualPool:
+    """The last ``limit`` standardised residuals, kept sorted; its quantiles are split-conformal and never cross.
+
+    Beyond the extreme residuals the tail goes on exponentially with the mean excess of the outer twentieth.
+    """
+
+    __slots__ = ("_grid", "_grid_age", "_order", "_pseudo", "_sorted", "limit")
+
+    def __init__(self, limit: int = 2000) -> None:
+        if limit < PSEUDO:
+            raise ValueError(f"ResidualPool: limit must be at least {PSEUDO}, got {limit}")
+        self.limit = limit
+        normal = NormalDist(0.0, NORMAL_SPREAD)
+        start = [normal.inv_cdf((i + 0.5) / PSEUDO) for i in range(PSEUDO)]
+        # 37 is odd, so this visits every one, high and low in turn: whichever have been replaced, the rest stay balanced.
+        self._order: deque[float] = deque(start[i * 37 % PSEUDO] for i in range(PSEUDO))
+        self._sorted = start
+        self._pseudo = PSEUDO
+        self._grid: NDArray[np.float64] | None = None
+        self._grid_age = 0
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    @property
+    def learned(self) -> int:
+        """Return the number of real residuals in the pool."""
+        return len(self._order) - self._pseudo
+
+    def add(self, residual: float) -> None:
+        """Add one residual; the oldest leaves when the pool is full or still holds one of those it started with."""
+        if self._pseudo or len(self._order) >= self.limit:
+            oldest = self._order.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+            self._pseudo = max(0, self._pseudo - 1)
+        self._order.append(residual)
+        insort(self._sorted, residual)
+        self._grid_age += 1
+        if self._grid_age >= _REFRESH or self._pseudo:
+            self._grid = None
+
+    def quantile(self, level: float) -> float:
+        """Return the residual below which a new one falls with probability ``level`` (0 < level < 1)."""
+        values = self._sorted
+        count = len(values)
+        place = (count + 1) * level - 1.0
+        if place >= count - 1:
+            return values[-1] + self._excess() * max(0.0, -math.log((count + 1) * (1.0 - level)))
+        if place <= 0.0:
+            return values[0] - self._excess(low=True) * max(0.0, -math.log((count + 1) * level))
+        low = int(place)
+        return min(values[low + 1], values[low] + (place - low) * (values[low + 1] - values[low]))
+
+    def below(self, residual: float) -> float:
+        """Return the share of residuals below one: the inverse of `quantile`, in (0, 1)."""
+        values = self._sorted
+        count = len(values)
+        if residual >= values[-1]:
+            return 1.0 - math.exp(-min(600.0, (residual - values[-1]) / self._excess())) / (count + 1)
+        if residual < values[0]:
+            return math.exp(-min(600.0, (values[0] - residual) / self._excess(low=True))) / (count + 1)
+        high = bisect_right(values, residual)
+        step = values[high] - values[high - 1]
+        part = (residual - values[high - 1]) / step if step > 0.0 else 0.0
+        return (high + part) / (count + 1)
+
+    def beyond(self, residual: float, level: float) -> float:
+        """Return the quantile of those residuals that exceed ``residual``."""
+        if residual >= self._sorted[-1]:
+            return residual - self._excess() * math.log(1.0 - level)
+        rest = (1.0 - self.below(residual)) * (1.0 - level)
+        return max(residual, self.quantile(1.0 - rest))
+
+    def smear(self, scale: float) -> float:
+        """Return the mean of exp(scale x residual): what turns a log-space centre into a mean."""
+        if self._grid is None:
+            self._grid = np.array([self.quantile((i + 0.5) / _GRID) for i in range(_GRID)])
+            self._grid_age = 0
+        return float(np.exp(self._grid * scale).sum()) / _GRID
+
+    def state(self) -> dict[str, object]:
+        """Return the pool as plain values, oldest first."""
+        grid = None if self._grid is None else self._grid.tolist()
+        return {"pseudo": self._pseudo, "order": list(self._order), "grid": grid, "grid_age": self._grid_age}
+
+    def restore(self, pseudo: int, order: Iterable[float], grid: list[float] | None, grid_age: int) -> None:
+        """Take over a saved pool."""
+        self._order = deque(order)
+        self._sorted = sorted(self._order)
+        self._pseudo = pseudo
+        self._grid = None if grid is None else np.array(grid)
+        self._grid_age = grid_age
+
+    def _excess(self, low: bool = False) -> float:
+        values = self._sorted
+        outer = max(2, len(values) // 20)
+        if low:
+            return max(1e-3, values[outer] - sum(values[:outer]) / outer)
+        return max(1e-3, sum(values[-outer:]) / outer - values[-outer - 1])

@@ -1,0 +1,42 @@
+"""How much faster one GPU model is than another, learned from what runs on them: a log ratio to the first model seen."""
+
+from __future__ import annotations
+
+from predictors.decay import DecayedMeans
+
+_MEMORY_S = 30 * 86400.0
+_STRENGTH = 1.0
+
+
+class SpeedRatios:
+    """Log run-time ratios by (method, GPU model) to a reference, which is the first GPU model that finished a task."""
+
+    __slots__ = ("ratios", "reference")
+
+    def __init__(self, cells: int = 2_000) -> None:
+        self.reference = ""
+        self.ratios = DecayedMeans(_MEMORY_S, cells)
+
+    def log_ratio(self, method: str, gpu_model: str, now_s: float) -> float:
+        """Return the log of run time on a GPU model over that on the reference; 0 for ``"*"`` and for the unknown."""
+        if gpu_model in ("*", "", self.reference):
+            return 0.0
+        across = self.ratios.shrunk(gpu_model, now_s, 0.0, 0.25)
+        return self.ratios.shrunk((method, gpu_model), now_s, across, _STRENGTH)
+
+    def trust(self, method: str, gpu_model: str, now_s: float) -> float:
+        """Return how far run times on this GPU model may teach the reference's histories, within (0, 1]."""
+        if gpu_model in ("*", "", self.reference):
+            return 1.0
+        weight = self.ratios.weight((method, gpu_model), now_s) + 0.25 * self.ratios.weight(gpu_model, now_s)
+        return max(0.2, weight / (weight + 3.0))
+
+    def learn(self, method: str, gpu_model: str, now_s: float, log_ratio: float, weight: float) -> None:
+        """Learn from one finished task; ``weight`` tells how well its run time on the reference was known."""
+        if gpu_model in ("*", ""):
+            return
+        if not self.reference:
+            self.reference = gpu_model
+        if gpu_model != self.reference and weight > 0.0:
+            self.ratios.add(gpu_model, now_s, log_ratio, weight)
+            self.ratios.add((method, gpu_model), now_s, log_ratio, weight)

@@ -1,0 +1,162 @@
+"""Saves and restores what was learned: JSON with a schema version, a watermark and a checksum, replaced atomically.
+
+JSON keeps every float exactly and can hold nothing that runs when it is read; a pickle could.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Hashable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.tasks import Micros
+from predictors.decay import DecayedMeans
+from predictors.duration import DurationModel, DurationSettings
+from predictors.ladder import Ladder
+from predictors.predictor import Predictor
+from predictors.recursive import RecursiveLeastSquares
+
+SCHEMA = 1
+
+
+class StateUnusable(ValueError):
+    """A saved state is damaged or of another schema; start without it, and it will be written anew."""
+
+
+def save(predictor: Predictor, path: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write a predictor's state, with ``extra`` plain values of the caller's, in place of the file at ``path``.
+
+    A crash at any moment leaves the old file or the new one, never a part.
+    """
+    state = json.dumps({"predictor": _predictor(predictor), "extra": extra or {}}, separators=(",", ":"))
+    head = {
+        "schema": SCHEMA,
+        "watermark_us": predictor.watermark_us,
+        "sha256": hashlib.sha256(state.encode()).hexdigest(),
+    }
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(head) + "\n" + state + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[Predictor, dict[str, Any]]:
+    """Return the predictor saved at ``path`` and the caller's extra values.
+
+    Raises FileNotFoundError, or StateUnusable when the file is damaged or of another schema.
+    """
+    head_line, _, state = path.read_text(encoding="utf-8").partition("\n")
+    state = state.rstrip("\n")
+    try:
+        head = json.loads(head_line)
+        schema, checksum = head["schema"], head["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateUnusable(f"{path}: not a saved predictor; remove it to start anew") from error
+    if schema != SCHEMA:
+        raise StateUnusable(f"{path}: schema {schema}, this version reads {SCHEMA}; remove it to start anew")
+    if hashlib.sha256(state.encode()).hexdigest() != checksum:
+        raise StateUnusable(f"{path}: checksum differs, the file is damaged; remove it to start anew")
+    document = json.loads(state)
+    return _restored(document["predictor"]), document["extra"]
+
+
+def watermark_us(path: Path) -> Micros:
+    """Return up to which time the state at ``path`` has learned, without reading it all."""
+    with path.open(encoding="utf-8") as file:
+        return int(json.loads(file.readline())["watermark_us"])
+
+
+def _predictor(predictor: Predictor) -> dict[str, Any]:
+    return {
+        "watermark_us": predictor.watermark_us,
+        "settings": asdict(predictor.settings),
+        "methods": [[name, _duration(model)] for name, model in predictor.methods.items()],
+        "failures": _rows(predictor.failures.rates.rows()),
+        "memory": {
+            "ratios": _rows(predictor.memory.ratios.rows()),
+            "pool": predictor.memory.pool.state(),
+            "floors": [[key, value] for key, value in predictor.memory.floors.items()],
+        },
+        "speeds": {"reference": predictor.speeds.reference, "ratios": _rows(predictor.speeds.ratios.rows())},
+    }
+
+
+def _restored(document: dict[str, Any]) -> Predictor:
+    predictor = Predictor(DurationSettings(**document["settings"]))
+    predictor.watermark_us = document["watermark_us"]
+    predictor.methods = {name: _restored_duration(model) for name, model in document["methods"]}
+    _fill(predictor.failures.rates, document["failures"])
+    memory = document["memory"]
+    _fill(predictor.memory.ratios, memory["ratios"])
+    predictor.memory.pool.restore(**memory["pool"])
+    predictor.memory.floors = {_key(key): value for key, value in memory["floors"]}
+    predictor.speeds.reference = document["speeds"]["reference"]
+    _fill(predictor.speeds.ratios, document["speeds"]["ratios"])
+    return predictor
+
+
+def _duration(model: DurationModel) -> dict[str, Any]:
+    return {
+        "settings": asdict(model.settings),
+        "ladder": _rows(model.ladder.rows()),
+        "tables": [_rows(table.rows()) for table in model.tables()],
+        "correction": _recursion(model.correction),
+        "spread": _recursion(model.spread),
+        "pool": model.pool.state(),
+        "level": model.level.state(),
+        "draws": model.draws,
+    }
+
+
+def _restored_duration(document: dict[str, Any]) -> DurationModel:
+    model = DurationModel(DurationSettings(**document["settings"]))
+    _fill(model.ladder, document["ladder"])
+    for table, rows in zip(model.tables(), document["tables"], strict=True):
+        _fill(table, rows)
+    _fill_recursion(model.correction, document["correction"])
+    _fill_recursion(model.spread, document["spread"])
+    model.pool.restore(**document["pool"])
+    model.level.restore(**document["level"])
+    model.draws = document["draws"]
+    return model
+
+
+def _rows(rows: Iterable[tuple[Hashable, list[float]]]) -> list[list[Any]]:
+    return [[key, cell] for key, cell in rows]
+
+
+def _fill(table: DecayedMeans | Ladder, rows: list[list[Any]]) -> None:
+    table.cells = {_key(key): cell for key, cell in rows}
+
+
+def _key(key: Any) -> Any:
+    return tuple(_key(part) for part in key) if isinstance(key, list) else key
+
+
+def _recursion(recursion: RecursiveLeastSquares) -> dict[str, Any]:
+    return {"weights": recursion.weights.tolist(), "covariance": recursion.covariance.tolist()}
+
+
+def _fill_recursion(recursion: RecursiveLeastSquares, document: dict[str, Any]) -> None:
+    recursion.weights = np.array(document["weights"])
+    recursion.covariance = np.array(document["covariance"])
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
