@@ -1,0 +1,273 @@
+"""Attempts inside a Pod: the loaded method, what it is given, what becomes of its result, and what its failure is called."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+import tarfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.tasks import FailureCause
+from executors.dfs import ObjectFileStore, open_store
+from executors.methods import registry
+from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing
+from executors.methods.parameters import PARAMETERS, ParameterError, validate
+from executors.pod_main import PROGRESS_PERIOD_S, Link, Order, Orders, PodSpec, cleared, log_tail
+from executors.pod_models import ModelCache
+
+CHECKPOINT_MEDIA_TYPE = "application/x-tar"
+_DETAIL_CHARS = 1024
+_GPU_LOST = (
+    "fallen off the bus",
+    "gpu is lost",
+    "ecc error",
+    "no cuda-capable device",
+    "device unavailable",
+    "unspecified launch failure",
+)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+class InputFileMissing(FileNotFoundError):
+    """A file that the parameters name is not in the file store."""
+
+
+class FreeParameters(BaseModel):
+    """Parameters of a method from outside the registry that declares none: anything goes."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Attempt:
+    """What a method gets for one run: its own directories, progress, stop, files and models (`MethodContext`)."""
+
+    def __init__(
+        self, order: Order, spec: PodSpec, link: Link, orders: Orders, models: ModelCache, store: ObjectFileStore
+    ) -> None:
+        self._key = order.key
+        self._link = link
+        self._orders = orders
+        self._models = models
+        self._store = store
+        self._directory = cleared(Path(spec.directory) / order.directory_name)
+        self._unsent: tuple[int, int, str] | None = None
+        self._sent_at = -PROGRESS_PERIOD_S
+        self.device = spec.device
+        self.output_dir = cleared(self._directory / "out")
+        self.checkpoint = self._restored(order.checkpoint)
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Report progress, at most once in PROGRESS_PERIOD_S; what is held back then is sent with the next, or at the end."""
+        self._unsent = (done, total, note)
+        if done >= total or time.monotonic() - self._sent_at >= PROGRESS_PERIOD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the progress that was held back."""
+        if self._unsent is not None:
+            done, total, note = self._unsent
+            self._link.send("progress", key=self._key, done=done, total=total, note=note)
+            self._unsent = None
+            self._sent_at = time.monotonic()
+
+    def should_stop(self) -> bool:
+        """Tell whether to stop before the next step."""
+        return self._orders.should_stop()
+
+    def fetch(self, file_id: str) -> Path:
+        """Return a local copy of a stored file; raises InputFileMissing."""
+        target = self._directory / "in" / file_id
+        if target.exists():
+            return target
+        try:
+            return self._store.fetch(file_id, target)
+        except FileNotFoundError:
+            raise InputFileMissing(
+                f"file {file_id[:80]} is not in the file store; upload it, then submit again"
+            ) from None
+
+    def model_dir(self, model_id: str) -> Path:
+        """Return a base model's directory."""
+        return self._models.base_dir(model_id)
+
+    def keep(self, result: MethodResult) -> dict[str, Any]:
+        """Put the result's files into the file store and describe them."""
+        files: list[dict[str, Any]] = []
+        for file in result.files:
+            path = file.path.resolve()
+            if not path.is_relative_to(self.output_dir.resolve()):
+                raise RuntimeError(f"the method's result {file.path} lies outside its output directory")
+            ref = self._store.put_path(path, file.media_type)
+            files.append(
+                {
+                    "file_id": ref.file_id,
+                    "media_type": file.media_type,
+                    "size_bytes": ref.size_bytes,
+                    "role": file.role,
+                    "name": file.name,
+                }
+            )
+        return {"files": files, "metadata": dict(result.metadata)}
+
+    def keep_checkpoint(self, checkpoint: Path) -> str:
+        """Put a checkpoint directory into the file store as one archive; returns its file id."""
+        archive = self._directory / "checkpoint.tar"
+        with tarfile.open(archive, "w") as tar:
+            for path in sorted(checkpoint.rglob("*")):
+                tar.add(path, path.relative_to(checkpoint).as_posix(), recursive=False, filter=_without_origin)
+        return self._store.put_path(archive, CHECKPOINT_MEDIA_TYPE).file_id
+
+    def _restored(self, file_id: str) -> Path | None:
+        """Unpack the checkpoint to go on from; one that is lost or broken costs the work in it, not the task."""
+        if not file_id:
+            return None
+        target = cleared(self._directory / "checkpoint")
+        try:
+            archive = self.fetch(file_id)
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
+            archive.unlink()
+        except (OSError, ValueError, tarfile.TarError) as error:
+            print(
+                f"checkpoint {file_id[:80]} cannot be used, starting from the beginning: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            return None
+        return target
+
+
+class Attempts:
+    """The loaded method of a Pod; loading may raise whatever the method, its model or the device raise."""
+
+    def __init__(self, spec: PodSpec, link: Link, orders: Orders) -> None:
+        self._spec = spec
+        self._link = link
+        self._orders = orders
+        self._models = ModelCache.from_json(spec.models)
+        self._store = open_store(spec.store_url)
+        self._method = _create(spec)
+        _cap_gpu_memory(spec)
+        self._method.load(self._models.resolve(spec.model), spec.device)
+
+    def run(self, order: Order) -> None:
+        """Run an attempt to its end, whatever that is, and report it; the process goes on."""
+        self._link.send("started", key=order.key)
+        attempt: Attempt | None = None
+        began = time.monotonic()
+        try:
+            attempt = Attempt(order, self._spec, self._link, self._orders, self._models, self._store)
+            parameters = self._validate(order.parameters)
+            result = self._method.run(parameters, attempt)
+            attempt.flush()
+            run_us = round((time.monotonic() - began) * 1e6)
+            kept = attempt.keep(result)
+            self._link.send("finished", key=order.key, result=kept, run_us=run_us, peak=result.peak_gpu_memory_bytes)
+        except Cancelled as cancelled:
+            self._report_stop(order, attempt, cancelled)
+        except Exception as error:
+            self._report_failure(order, error)
+        finally:
+            self._remove_directory(order)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._method.close()
+
+    def _remove_directory(self, order: Order) -> None:
+        directory = Path(self._spec.directory) / order.directory_name
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            directory.parent.rmdir()
+        except OSError:
+            pass  # Another attempt of the same request has its directory there.
+
+    def _validate(self, parameters: Mapping[str, Any]) -> BaseModel:
+        if not self._spec.factory:
+            return validate(self._spec.method, parameters)
+        model: type[BaseModel] = getattr(self._method, "parameters_model", FreeParameters)
+        return model.model_validate(dict(parameters))
+
+    def _report_stop(self, order: Order, attempt: Attempt | None, cancelled: Cancelled) -> None:
+        checkpoint = ""
+        if attempt is not None and cancelled.checkpoint is not None and self._orders.keeps_checkpoint():
+            try:
+                checkpoint = attempt.keep_checkpoint(cancelled.checkpoint)
+            except Exception:
+                traceback.print_exc()  # The attempt is stopped all the same; it starts again from its beginning.
+        self._link.send("stopped", key=order.key, checkpoint=checkpoint)
+
+    def _report_failure(self, order: Order, error: Exception) -> None:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        summary = f"{type(error).__name__}: {error}"[:_DETAIL_CHARS]
+        detail = (
+            summary
+            if isinstance(error, ParameterError | InputRefused)
+            else f"{summary}\n{log_tail(Path(self._spec.log))}"
+        )
+        self._link.send("failed", key=order.key, cause=cause_of(error), detail=detail, peak=_peak_gpu_memory())
+
+
+def cause_of(error: BaseException) -> FailureCause:
+    """Name a failure the way the scheduler treats it; torch's errors are known by name, so that this needs no torch."""
+    text = str(error).lower()
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in names or isinstance(error, MemoryError):
+        return FailureCause.OUT_OF_MEMORY
+    if isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _OUT_OF_MEMORY):
+        return FailureCause.OUT_OF_MEMORY
+    if isinstance(error, ModelMissing):
+        return FailureCause.MODEL_MISSING
+    if isinstance(error, ParameterError | InputRefused | InputFileMissing | ValidationError | UnknownMethod):
+        return FailureCause.BAD_INPUT
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _GPU_LOST):
+        return FailureCause.GPU_LOST
+    return FailureCause.CRASHED
+
+
+class UnknownMethod(ValueError):
+    """No method of this name is on the node."""
+
+
+def _create(spec: PodSpec) -> Method:
+    if spec.factory:
+        module, _, name = spec.factory.partition(":")
+        made: Method = getattr(importlib.import_module(module), name)()
+        return made
+    if spec.method not in PARAMETERS:
+        raise UnknownMethod(f"method: {spec.method[:80]!r} is unknown; this node has {', '.join(sorted(PARAMETERS))}")
+    return registry.create(spec.method)
+
+
+def _cap_gpu_memory(spec: PodSpec) -> None:
+    """Hold this process to its share of the card: torch refuses to allocate beyond it, before its neighbours suffer."""
+    if not spec.device.startswith("cuda") or spec.gpu_memory_cap_bytes <= 0:
+        return
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec.gpu_memory_cap_bytes / total), index)
+
+
+def _peak_gpu_memory() -> int:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max((int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())), default=0)
+
+
+def _without_origin(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Equal checkpoints are equal files: leave out who wrote them and when."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member

@@ -1,0 +1,230 @@
+"""Inside a Pod: one process that loads one AI method and runs attempts, one after the other, until it is told to end.
+
+The method runs in the main thread; a second thread only listens for orders, so that a stop arrives while a step is being computed.
+Everything the agent needs to know leaves as a message; everything a person may want to read goes to the log.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from executors.limits import limit_this_process
+from executors.pod_wire import Frames, encode
+
+LOG_TAIL_BYTES = 4096
+PROGRESS_PERIOD_S = 0.1
+"""Shortest time between two progress messages of an attempt; the last one is always sent."""
+Key = tuple[str, int, int]
+"""An attempt: reqNo, attempt, rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodSpec:
+    """What a Pod is told at birth, as the first message on its channel."""
+
+    pod: int
+    method: str
+    factory: str
+    """``module:callable`` of a method that is not in the registry; empty otherwise."""
+    model: Mapping[str, Any]
+    models: Mapping[str, Any]
+    """The node's model cache, as `ModelCache.to_json` writes it."""
+    store_url: str
+    directory: str
+    log: str
+    device: str
+    environment: Mapping[str, str]
+    join_files: tuple[str, ...]
+    data_bytes: int
+    gpu_memory_cap_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An attempt that waits for its turn."""
+
+    key: Key
+    parameters: Mapping[str, Any]
+    checkpoint: str
+
+    @property
+    def directory_name(self) -> str:
+        """The attempt's directory below the Pod's; the agent has checked that a reqNo is a plain name."""
+        req_no, attempt, rank = self.key
+        return f"{req_no}/{attempt}.{rank}"
+
+
+class Link:
+    """The Pod's end of the channel: blocking, shared by both threads."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(True)
+        self._end = end
+        self._frames = Frames()
+        self._received: deque[dict[str, Any]] = deque()
+        self._sending = threading.Lock()
+
+    def send(self, op: str, **fields: Any) -> None:
+        """Send a message; the process ends when nobody listens any more."""
+        packet = encode({"op": op, **fields})
+        with self._sending:
+            try:
+                self._end.sendall(packet)
+            except OSError:
+                os._exit(1)
+
+    def receive(self) -> dict[str, Any] | None:
+        """Wait for a message; None when the agent is gone."""
+        while not self._received:
+            try:
+                chunk = self._end.recv(1 << 16)
+            except OSError:
+                return None
+            if not chunk:
+                return None
+            self._received.extend(self._frames.feed(chunk))
+        return self._received.popleft()
+
+
+class Orders:
+    """The orders a Pod has, as the listening thread leaves them and the main thread takes them."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._changed = threading.Condition()
+        self._waiting: deque[Order] = deque()
+        self._running: Key | None = None
+        self._stop = False
+        self._keep_checkpoint = False
+        self._ending = False
+
+    def listen(self) -> None:
+        """Take orders until the agent is gone, then end the Pod with its whole group."""
+        try:
+            while (message := self._link.receive()) is not None:
+                self._obey(message)
+        finally:
+            os.killpg(0, signal.SIGKILL)
+
+    def next(self) -> Order | None:
+        """Wait for an attempt to run; None when the Pod is to end."""
+        with self._changed:
+            self._running, self._stop, self._keep_checkpoint = None, self._ending, False
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            if self._ending:
+                return None
+            order = self._waiting.popleft()
+            self._running = order.key
+            return order
+
+    def should_stop(self) -> bool:
+        """Tell whether the running attempt is to stop."""
+        return self._stop
+
+    def keeps_checkpoint(self) -> bool:
+        """Tell whether a checkpoint of the stopped attempt is wanted."""
+        return self._keep_checkpoint
+
+    def _obey(self, message: Mapping[str, Any]) -> None:
+        with self._changed:
+            match message["op"]:
+                case "start":
+                    key = (message["req_no"], message["attempt"], message["rank"])
+                    self._waiting.append(Order(key, message["parameters"], message["checkpoint"]))
+                case "stop":
+                    self._stop_attempts(message["req_no"], message["attempt"], message["keep_checkpoint"])
+                case "end":
+                    self._ending = self._stop = True
+            self._changed.notify()
+
+    def _stop_attempts(self, req_no: str, attempt: int, keep_checkpoint: bool) -> None:
+        for order in [order for order in self._waiting if order.key[:2] == (req_no, attempt)]:
+            self._waiting.remove(order)
+            self._link.send("stopped", key=order.key, checkpoint=order.checkpoint)
+        if self._running is not None and self._running[:2] == (req_no, attempt):
+            self._keep_checkpoint = keep_checkpoint
+            self._stop = True
+
+
+def run_pod(end: socket.socket) -> int:
+    """Be a Pod; returns the exit status of its process. The first message on the channel is the PodSpec."""
+    link = Link(end)
+    first = link.receive()
+    if first is None:
+        return 1
+    spec = PodSpec(**{**first["spec"], "join_files": tuple(first["spec"]["join_files"])})
+    _settle(spec)
+    orders = Orders(link)
+    listener = threading.Thread(target=orders.listen, name="orders", daemon=True)
+    listener.start()
+    from executors.pod_attempts import Attempts, cause_of
+
+    began = time.monotonic()
+    try:
+        attempts = Attempts(spec, link, orders)
+    except BaseException as error:
+        traceback.print_exc()
+        link.send("down", cause=cause_of(error), detail=f"{type(error).__name__}: {error}"[:1024])
+        return 1
+    link.send("up", load_us=round((time.monotonic() - began) * 1e6))
+    while (order := orders.next()) is not None:
+        attempts.run(order)
+    attempts.close()
+    return 0
+
+
+def log_tail(path: Path, limit_bytes: int = LOG_TAIL_BYTES) -> str:
+    """Return the end of a log, whole characters only."""
+    try:
+        with path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - limit_bytes))
+            return log.read(limit_bytes).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _settle(spec: PodSpec) -> None:
+    """Come under the Pod's limits, environment, directory and log."""
+    log = os.open(spec.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for join_file in spec.join_files:
+        Path(join_file).write_text(str(os.getpid()))
+    limit_this_process(spec.data_bytes)
+    os.environ.update(spec.environment)
+    os.chdir(spec.directory)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(spec.threads)
+
+
+def cleared(directory: Path) -> Path:
+    """Return the directory, made anew and empty."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+if __name__ == "__main__":
+    from executors.pod_main import run_pod as run
+    from executors.pod_process import die_with_parent
+
+    die_with_parent(int(sys.argv[2]))
+    os._exit(run(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,0 +1,433 @@
+"""The Pods of a node: child process groups, each with one AI method loaded, seen from the agent's loop.
+
+Nothing here blocks: Pods are born by a nursery process, resolve their own models, store their own results, and report over
+a socket.
+`take` turns what came into reports, and keeps the promises that need a clock - graces, and the limit on loading.
+A Pod is reported down only when nothing of its process group lives and its channel has been read to the end, so no report is lost.
+Slots beyond the first are a queue inside the Pod: its attempts run one after the other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.tasks import FailureCause
+from executors.dfs import ObjectFileStore
+from executors.limits import Box, Limiter, PodLimits, ProcessLimits, open_limiter
+from executors.pod_main import Key, PodSpec, log_tail
+from executors.pod_models import ModelCache
+from executors.pod_nursery import Nursery
+from executors.pod_prefetch import Prefetcher
+from executors.pod_wire import Channel
+from executors.ports import (
+    AttemptFailed,
+    AttemptFinished,
+    AttemptProgressed,
+    AttemptStarted,
+    AttemptStopped,
+    DevicePlugin,
+    PodDown,
+    PodOrder,
+    PodReport,
+    PodUp,
+)
+
+LOAD_LIMIT_S = 900.0
+"""A Pod that has not loaded its model by then is killed."""
+LOG_MAX_BYTES = 8 << 20
+"""A Pod's log is cut back to nothing beyond this size."""
+HOUSEKEEPING_PERIOD_S = 5.0
+LIGHT_METHODS = frozenset({"sleep"})
+"""Methods that need no torch, and so are born by a nursery that has not imported it."""
+
+_REQ_NO = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+class WorkDirectoryInUse(RuntimeError):
+    """Another agent works in this directory."""
+
+
+@dataclass(slots=True)
+class _Pod:
+    """A Pod as the host knows it, from order to grave."""
+
+    order: PodOrder
+    nursery: Nursery
+    channel: Channel
+    box: Box
+    limits: PodLimits
+    directory: Path
+    kill_at: float | None
+    """When to kill it: the limit on loading, or a grace."""
+    why: FailureCause = FailureCause.TIMED_OUT
+    """Cause to report when `kill_at` comes."""
+    why_detail: str = "its model was not loaded in time"
+    up: bool = False
+    ordered: bool = False
+    """Its end is our order, not its failure."""
+    pid: int = 0
+    killed: bool = False
+    told: tuple[FailureCause, str] | None = None
+    """What the Pod itself said about its end."""
+    attempts: dict[Key, float | None] = field(default_factory=dict)
+    """Attempts it has -> when the grace of a stop ends; None while no stop is ordered."""
+
+
+class LocalPodHost:
+    """Runs Pods as child process groups of the agent; a `PodHost`. Not for use by several threads."""
+
+    def __init__(
+        self,
+        plugin: DevicePlugin,
+        store: ObjectFileStore,
+        work_dir: Path,
+        models: ModelCache | None = None,
+        *,
+        methods: Mapping[str, str] | None = None,
+        cgroups: bool = True,
+        warm: Iterable[str] = (),
+        load_limit_s: float = LOAD_LIMIT_S,
+    ) -> None:
+        """Take over a work directory and clear what an earlier run left in it.
+
+        `store` must be open to other processes (`file://`, `s3://`). `models` defaults to a cache in the work directory and the
+        built-in models. `methods` adds methods as ``name -> "module:factory"``. `warm` names nurseries to start now, ``torch`` or
+        ``light``, otherwise the first Pod waits for the imports. Raises WorkDirectoryInUse, ValueError.
+        """
+        if not store.shared:
+            raise ValueError(
+                f"file store {store.url}: Pods are processes of their own and cannot see it; use file:///dir or s3://..."
+            )
+        self._plugin = plugin
+        self._store = store
+        self._work_dir = work_dir.resolve()
+        self._pods_dir = self._work_dir / "pods"
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._work_dir / "host.lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise WorkDirectoryInUse(
+                f"work directory {work_dir}: another agent works here; give each agent its own"
+            ) from None
+        shutil.rmtree(self._pods_dir, ignore_errors=True)
+        self._pods_dir.mkdir()
+        self.models = models or ModelCache(self._work_dir / "models", store.url)
+        self._methods = dict(methods or {})
+        tag = hashlib.sha256(str(self._work_dir).encode()).hexdigest()[:12]
+        self.limiter = open_limiter(f"aigc-{tag}") if cgroups else Limiter(notes=("cgroup: switched off",))
+        self.limiter.sweep()
+        self._load_limit_s = load_limit_s
+        self._pods: dict[int, _Pod] = {}
+        self._nurseries: dict[str, Nursery] = {}
+        self._reports: list[PodReport] = []
+        self._unremoved: list[Box] = []
+        self._housekeeping_at = 0.0
+        self._prefetcher = Prefetcher(self.models)
+        for kind in warm:
+            self._nursery(kind)
+
+    # --- orders -----------------------------------------------------------------------------------------------------
+
+    def create(self, order: PodOrder) -> None:
+        """Begin to create a Pod; PodUp or PodDown follows. A Pod that is there already is left alone."""
+        if order.pod in self._pods:
+            return
+        present = {gpu.uuid: gpu for gpu in self._plugin.devices()}
+        missing = [uuid for uuid in order.gpus if uuid not in present]
+        if missing:
+            self._reports.append(
+                PodDown(order.pod, FailureCause.GPU_LOST, f"GPU {missing[0]} is not on this node any more")
+            )
+            return
+        environment = self._plugin.environment(order.gpus)
+        device = "cuda" if order.gpus and environment.get("CUDA_VISIBLE_DEVICES") else "cpu"
+        directory = self._pods_dir / str(order.pod)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        limits = _limits(order, device)
+        box = self.limiter.make(str(order.pod), limits)
+        if device == "cuda" and isinstance(box, ProcessLimits):
+            box = ProcessLimits()  # CUDA reserves more private memory than it uses: RLIMIT_DATA would forbid it.
+        ours, theirs = socket.socketpair()
+        nursery = self._nursery("light" if order.method in LIGHT_METHODS or order.method in self._methods else "torch")
+        pod = _Pod(order, nursery, Channel(ours), box, limits, directory, time.monotonic() + self._load_limit_s)
+        self._pods[order.pod] = pod
+        pod.channel.send({"op": "spec", "spec": asdict(self._spec(pod, environment, device))})
+        nursery.create(order.pod, theirs)
+
+    def start(
+        self, pod: int, req_no: str, attempt: int, parameters: Mapping[str, Any], checkpoint: str = "", rank: int = 0
+    ) -> None:
+        """Run an attempt in a Pod; AttemptStarted follows, or PodDown. Starting what is started changes nothing."""
+        if not _REQ_NO.fullmatch(req_no):
+            raise ValueError(
+                f"req_no {req_no[:100]!r}: only letters, digits, '-' and '_', at most 80, name an attempt's directory"
+            )
+        known = self._pods.get(pod)
+        if known is None:
+            self._reports.append(PodDown(pod, FailureCause.POD_LOST, "the Pod is not on this node"))
+            return
+        key = (req_no, attempt, rank)
+        if key in known.attempts:
+            return
+        known.attempts[key] = None
+        order = {
+            "req_no": req_no,
+            "attempt": attempt,
+            "rank": rank,
+            "parameters": dict(parameters),
+            "checkpoint": checkpoint,
+        }
+        known.channel.send({"op": "start", **order})
+
+    def stop(self, req_no: str, attempt: int, grace_us: int, keep_checkpoint: bool = False) -> None:
+        """Stop an attempt between two steps; after the grace its Pod is killed. Nothing happens when it is not here any more."""
+        for pod in self._pods.values():
+            mine = [key for key in pod.attempts if key[:2] == (req_no, attempt)]
+            for key in mine:
+                deadline = time.monotonic() + grace_us / 1e6
+                pod.attempts[key] = min(deadline, pod.attempts[key] or deadline)
+            if mine:
+                order = {"req_no": req_no, "attempt": attempt, "keep_checkpoint": keep_checkpoint}
+                pod.channel.send({"op": "stop", **order})
+
+    def delete(self, pod: int, grace_us: int) -> None:
+        """End a Pod, killed after the grace; PodDown follows, also when the Pod was gone already."""
+        known = self._pods.get(pod)
+        if known is None:
+            self._reports.append(PodDown(pod, FailureCause.POD_LOST, "the Pod was gone already", ordered=True))
+            return
+        deadline = time.monotonic() + grace_us / 1e6
+        if known.ordered and known.kill_at is not None:
+            deadline = min(deadline, known.kill_at)
+        known.ordered, known.kill_at = True, deadline
+        if grace_us > 0:
+            known.channel.send({"op": "end"})
+        else:
+            self._kill(known)
+
+    def prefetch(self, model: Mapping[str, Any]) -> None:
+        """Bring a model to this node ahead of need, in the background; failures are logged, the Pod that needs it will tell."""
+        self._prefetcher.add(model)
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def filenos(self) -> Sequence[int]:
+        """Return the descriptors whose readability means that `take` has something."""
+        nurseries = [nursery.fileno() for nursery in self._nurseries.values() if not nursery.closed]
+        return [*nurseries, *(pod.channel.fileno() for pod in self._pods.values() if not pod.channel.closed)]
+
+    def next_deadline_us(self) -> int | None:
+        """Return in how many microseconds `take` has a grace to enforce; None when no clock runs."""
+        deadlines = [
+            at for pod in self._pods.values() if not pod.killed for at in (pod.kill_at, *pod.attempts.values()) if at
+        ]
+        return max(0, round((min(deadlines) - time.monotonic()) * 1e6)) if deadlines else None
+
+    def take(self) -> Sequence[PodReport]:
+        """Return the reports since the last call without blocking; also enforces graces and removes what dead Pods left."""
+        for pod in self._pods.values():
+            pod.channel.flush()
+            self._listen(pod)
+        for kind, nursery in list(self._nurseries.items()):
+            nursery.flush()
+            for report in nursery.receive():
+                self._hear(nursery, report)
+            if nursery.closed:
+                self._lose(kind, nursery)
+        now = time.monotonic()
+        for pod in self._pods.values():
+            self._enforce(pod, now)
+        if now >= self._housekeeping_at:
+            self._keep_house()
+            self._housekeeping_at = now + HOUSEKEEPING_PERIOD_S
+        reports, self._reports = self._reports, []
+        return reports
+
+    def pods(self) -> Sequence[int]:
+        """Return the Pods that live, or that are not yet known to be gone."""
+        return sorted(self._pods)
+
+    def close(self) -> None:
+        """Kill every Pod's process group and wait for it; the work directory is free then."""
+        self._prefetcher.close()
+        for nursery in self._nurseries.values():
+            nursery.close()
+        self._nurseries.clear()
+        for pod in list(self._pods.values()):
+            pod.box.kill()
+            pod.ordered = True
+            self._bury(pod, None)
+        deadline = time.monotonic() + 2.0
+        while self._unremoved and time.monotonic() < deadline:
+            self._keep_house()
+        self.limiter.close()
+        self._lock.close()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _nursery(self, kind: str) -> Nursery:
+        nursery = self._nurseries.get(kind)
+        if nursery is None or nursery.closed:
+            nursery = Nursery(kind, self._work_dir / f"nursery-{kind}.log")
+            self._nurseries[kind] = nursery
+        return nursery
+
+    def _spec(self, pod: _Pod, environment: Mapping[str, str], device: str) -> PodSpec:
+        order = pod.order
+        return PodSpec(
+            pod=order.pod,
+            method=order.method,
+            factory=self._methods.get(order.method, ""),
+            model=dict(order.model),
+            models=self.models.to_json(),
+            store_url=self._store.url,
+            directory=str(pod.directory),
+            log=str(pod.directory / "pod.log"),
+            device=device,
+            environment=dict(environment),
+            join_files=pod.box.join_files,
+            data_bytes=pod.box.data_bytes,
+            gpu_memory_cap_bytes=order.gpu_memory_cap_bytes,
+            threads=1 if device == "cpu" else max(1, order.cpu_milli // 1000),
+        )
+
+    def _listen(self, pod: _Pod) -> None:
+        for message in pod.channel.receive():
+            op = message["op"]
+            if op == "up":
+                pod.up = True
+                if not pod.ordered:
+                    pod.kill_at = None
+                self._reports.append(PodUp(pod.order.pod, message["load_us"]))
+            elif op == "down":
+                pod.told = (FailureCause(message["cause"]), message["detail"])
+            else:
+                self._reports.append(_attempt_report(pod, message))
+
+    def _hear(self, nursery: Nursery, report: Mapping[str, Any]) -> None:
+        pod = self._pods.get(int(report["pod"]))
+        if pod is None or pod.nursery is not nursery:
+            return
+        if report["op"] == "born":
+            pod.pid = int(report["pid"])
+        else:
+            self._listen(pod)
+            self._bury(pod, int(report["status"]))
+
+    def _lose(self, kind: str, nursery: Nursery) -> None:
+        """The nursery is gone: its Pods got the kernel's signal. The next order starts a new one."""
+        nursery.close()
+        del self._nurseries[kind]
+        for pod in [pod for pod in self._pods.values() if pod.nursery is nursery]:
+            pod.box.kill()
+            self._listen(pod)
+            tail = log_tail(self._work_dir / f"nursery-{kind}.log")
+            pod.told = pod.told or (FailureCause.CRASHED, f"the {kind} nursery ended, its Pods with it\n{tail}")
+            self._bury(pod, None)
+
+    def _bury(self, pod: _Pod, status: int | None) -> None:
+        """Report the end of a Pod of which nothing lives, and clear away what it had."""
+        number = pod.order.pod
+        for (req_no, attempt, rank), deadline in pod.attempts.items():
+            if deadline is not None:
+                self._reports.append(AttemptStopped(req_no, attempt, rank=rank))
+        cause, detail = _cause_of_death(pod, status)
+        tail = "" if pod.ordered else log_tail(pod.directory / "pod.log")
+        self._reports.append(PodDown(number, cause, f"{detail}\n{tail}".strip(), ordered=pod.ordered))
+        pod.channel.close()
+        if not pod.box.remove():
+            self._unremoved.append(pod.box)
+        shutil.rmtree(pod.directory, ignore_errors=True)
+        del self._pods[number]
+
+    def _enforce(self, pod: _Pod, now: float) -> None:
+        if pod.killed:
+            return
+        overdue = [key for key, deadline in pod.attempts.items() if deadline is not None and deadline <= now]
+        if overdue:
+            pod.why, pod.why_detail = (
+                FailureCause.POD_LOST,
+                f"attempt {overdue[0][1]} of {overdue[0][0]} did not stop within its grace",
+            )
+            pod.ordered = True
+            self._kill(pod)
+        elif pod.kill_at is not None and pod.kill_at <= now:
+            self._kill(pod)
+
+    def _kill(self, pod: _Pod) -> None:
+        pod.killed = True
+        pod.nursery.kill(pod.order.pod)
+
+    def _keep_house(self) -> None:
+        self._unremoved = [box for box in self._unremoved if not box.remove()]
+        for pod in self._pods.values():
+            log = pod.directory / "pod.log"
+            try:
+                if log.stat().st_size > LOG_MAX_BYTES:
+                    with log.open("r+b") as full:
+                        full.truncate(0)
+            except FileNotFoundError:
+                continue
+
+
+def _limits(order: PodOrder, device: str) -> PodLimits:
+    """On a CPU slot the model lies in the host's memory, so that what the Pod was granted on the device counts there too."""
+    memory_bytes = order.memory_bytes
+    if memory_bytes and device == "cpu":
+        memory_bytes += order.gpu_memory_cap_bytes * len(order.gpus)
+    return PodLimits(memory_bytes, order.cpu_milli)
+
+
+def _attempt_report(pod: _Pod, message: Mapping[str, Any]) -> PodReport:
+    req_no, attempt, rank = message["key"]
+    op = message["op"]
+    if op in ("finished", "failed", "stopped"):
+        pod.attempts.pop((req_no, attempt, rank), None)
+    match op:
+        case "started":
+            return AttemptStarted(req_no, attempt, rank)
+        case "progress":
+            return AttemptProgressed(req_no, attempt, message["done"], message["total"], message["note"], rank)
+        case "finished":
+            return AttemptFinished(req_no, attempt, message["result"], message["run_us"], message["peak"], rank)
+        case "failed":
+            return AttemptFailed(
+                req_no, attempt, FailureCause(message["cause"]), message["detail"], message["peak"], rank
+            )
+        case "stopped":
+            return AttemptStopped(req_no, attempt, message["checkpoint"], rank)
+        case _:
+            raise ValueError(f"Pod {pod.order.pod} sent the unknown message {op!r}")
+
+
+def _cause_of_death(pod: _Pod, status: int | None) -> tuple[FailureCause, str]:
+    if pod.ordered:
+        return FailureCause.POD_LOST, pod.why_detail if pod.why is FailureCause.POD_LOST else "deleted, as ordered"
+    kills = pod.box.out_of_memory_kills()
+    if kills:
+        return (
+            FailureCause.OUT_OF_MEMORY,
+            f"killed by the kernel: over its limit of {pod.limits.memory_bytes} bytes of memory",
+        )
+    if pod.told is not None:
+        return pod.told
+    if pod.killed:
+        return pod.why, pod.why_detail
+    if status is None:
+        return FailureCause.CRASHED, "ended, nobody knows how"
+    if status < 0:
+        return FailureCause.CRASHED, f"killed by {signal.Signals(-status).name}"
+    return FailureCause.CRASHED, f"ended by itself with exit status {status}"
