@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -48,12 +47,11 @@ def read(
     tenants: int = 4,
     urgent_share: float = 0.1,
     seed: int = 0,
-    declared_us: Callable[[TaskSpec], int] | None = None,
     limit: int | None = None,
 ) -> Workload:
     """Read the file; raises `WorkloadError` naming line, column and remedy.
 
-    `limit` keeps the first tasks only. `declared_us` makes up the run time that a caller would declare; None: none is declared.
+    `limit` keeps the first tasks only.
     """
     counts: Counter[str] = Counter()
     rows: list[tuple[datetime, Arrival]] = []
@@ -67,7 +65,7 @@ def read(
                 f"{path}, line {line}, predict_status: {status!r} is unknown; expected SUCCEED, FAILED, PENDING or PROCESSING"
             )
         counts[f"kept {status}"] += 1
-        rows.append(_arrival(path, line, row, status, declared_us))
+        rows.append(_arrival(path, line, row, status))
         if limit is not None and len(rows) >= limit:
             break
     if not rows:
@@ -104,9 +102,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         ) from None
 
 
-def _arrival(
-    path: Path, line: int, row: dict[str, str], status: str, declared_us: Callable[[TaskSpec], int] | None
-) -> tuple[datetime, Arrival]:
+def _arrival(path: Path, line: int, row: dict[str, str], status: str) -> tuple[datetime, Arrival]:
     def number(column: str, default: float | None = None) -> float:
         text = row[column]
         if not text and default is not None:
@@ -145,8 +141,6 @@ def _arrival(
         affinity=Affinity.PREFERRED,
         features=tuple(sorted(features.items())),
     )
-    if declared_us is not None:
-        task = replace(task, declared_us=declared_us(task))
     work_us = max(1, round(number("exec_time_seconds") * SECOND))
     failure = FailureCause.BAD_INPUT if status == "FAILED" else None
     return moment, Arrival(0, task, Truth(work_us=work_us, fails_with=failure))

@@ -7,11 +7,11 @@ for the oracle, against which predictions are measured.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from engine.tasks import URGENT_PRIORITY, FailureCause, Micros, TaskSpec
-from sim.draws import choice, unit
+from sim.draws import choice, lognormal, unit
 
 
 class WorkloadError(ValueError):
@@ -115,10 +115,17 @@ def ranked(arrivals: Iterable[Arrival], *, tenants: int, urgent_share: float, se
     return tuple(done)
 
 
-def true_durations(workload: Workload, fallback: Mapping[str, Micros] | None = None) -> dict[str, Micros]:
-    """Return run times on the reference GPU by req_no, for an oracle."""
-    known = dict(fallback or {})
+def declared(workload: Workload, sigma: float, seed: int) -> Workload:
+    """Let callers declare run times where none is declared: the true one times a lognormal error, rounded up to 5 s.
+
+    No trace here has declarations; `sigma` is how well people are believed to guess (0: perfectly, up to the rounding).
+    """
+    step = 5_000_000
+    arrivals = []
     for arrival in workload.arrivals:
-        if arrival.truth.work_us is not None:
-            known[arrival.task.req_no] = arrival.truth.work_us
-    return known
+        task, work = arrival.task, arrival.truth.work_us
+        if task.declared_us is None and work is not None:
+            guess = work * lognormal(sigma, seed, "declared", task.req_no)
+            arrival = replace(arrival, task=replace(task, declared_us=-(-round(guess) // step) * step))
+        arrivals.append(arrival)
+    return replace(workload, arrivals=tuple(arrivals), notes=(*workload.notes, ("declared_sigma", sigma)))

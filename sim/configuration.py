@@ -1,0 +1,139 @@
+"""What to simulate, checked where it enters: every message names the field and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sim import gentd26, own_tasks, synthetic
+from sim.faults import Fault, FaultPlan
+from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster
+from sim.synthetic import SyntheticConfig
+from sim.workload import Workload, WorkloadError, declared
+
+FORECASTERS = ("online", "declared", "oracle", "none")
+_HOUR_US = 3_600_000_000
+_MINUTE_US = 60_000_000
+
+
+class ConfigError(ValueError):
+    """A simulation cannot be run as configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationConfig:
+    """One run. Equal configurations give equal results, byte for byte."""
+
+    trace: Path | None = None
+    """GenTD26's lora_request_trace.csv, or a CSV or JSONL of one's own (`sim.own_tasks`). None: synthetic."""
+    synthetic: SyntheticConfig | None = None
+    """The synthetic workload; None: GenTD26's figures with `synthetic_tasks` tasks and this run's seed."""
+    synthetic_tasks: int = 10_000
+    nodes: int = 8
+    gpus_per_node: int = 8
+    gpu_model: str = "a100"
+    family: str = "sdxl"
+    """Family that models are taken for: decides the bytes of a load and memory."""
+    profile: str = "aigc"
+    """A profile's name, or the path of a TOML file."""
+    seed: int = 0
+    forecaster: str = "online"
+    declared_sigma: float = 0.5
+    """Spread of the error of declared run times, where ``declared`` has to make them up."""
+    rate_scale: float = 1.0
+    limit: int | None = None
+    until_hours: float | None = None
+    """Stop at this simulated time; None: when every task is over."""
+    tenants: int = 4
+    urgent_share: float = 0.1
+    mtbf_hours: float | None = None
+    """Mean time between failures of a node; None: none fails."""
+    mttr_minutes: float = 30.0
+    gpu_mtbf_hours: float | None = None
+    gpu_mttr_minutes: float = 240.0
+    attempt_crash_ppm: int = 0
+    faults: tuple[Fault, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.trace is not None and self.synthetic is not None:
+            raise ConfigError("trace, synthetic: give one of the two, not both")
+        for name in ("nodes", "gpus_per_node", "tenants", "synthetic_tasks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit: must be at least 1, got {self.limit}; leave it out to take every task")
+        if self.gpu_model not in GPU_MODELS:
+            raise ConfigError(f"gpu_model: unknown {self.gpu_model!r}; known are {', '.join(sorted(GPU_MODELS))}")
+        if self.family not in FAMILIES:
+            raise ConfigError(f"family: unknown {self.family!r}; known are {', '.join(sorted(FAMILIES))}")
+        if self.forecaster not in FORECASTERS:
+            raise ConfigError(f"forecaster: unknown {self.forecaster!r}; known are {', '.join(FORECASTERS)}")
+        if not 0 <= self.urgent_share <= 1:
+            raise ConfigError(f"urgent_share: must lie between 0 and 1, got {self.urgent_share}")
+        for name in ("rate_scale", "mttr_minutes", "gpu_mttr_minutes", "until_hours", "mtbf_hours", "gpu_mtbf_hours"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise ConfigError(f"{name}: must be greater than 0 and below 1e9, got {value}")
+        if not 0 <= self.attempt_crash_ppm <= 1_000_000:
+            raise ConfigError(f"attempt_crash_ppm: must lie between 0 and 1000000, got {self.attempt_crash_ppm}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as plain values; the trace by its file name, so that results compare between machines."""
+        values = asdict(self)
+        values["trace"] = self.trace.name if self.trace else None
+        values["faults"] = [asdict(fault) for fault in self.faults]
+        return values
+
+    def digest(self) -> str:
+        """Return a short hash of every field."""
+        return hashlib.blake2b(json.dumps(self.to_json(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def hardware(self) -> Hardware:
+        """Return the cluster."""
+        return Hardware(cluster(self.nodes, self.gpus_per_node, self.gpu_model), family=self.family)
+
+    def fault_plan(self) -> FaultPlan:
+        """Return what will break."""
+        return FaultPlan(
+            node_mtbf_us=round((self.mtbf_hours or 0) * _HOUR_US),
+            node_mttr_us=round(self.mttr_minutes * _MINUTE_US),
+            gpu_mtbf_us=round((self.gpu_mtbf_hours or 0) * _HOUR_US),
+            gpu_mttr_us=round(self.gpu_mttr_minutes * _MINUTE_US),
+            attempt_crash_ppm=self.attempt_crash_ppm,
+            faults=self.faults,
+        )
+
+    def until_us(self) -> int | None:
+        """Return the end of the run, in microseconds."""
+        return None if self.until_hours is None else round(self.until_hours * _HOUR_US)
+
+    def workload(self) -> Workload:
+        """Read or make the workload; raises `WorkloadError`."""
+        if self.trace is None:
+            made = self.synthetic or SyntheticConfig(
+                tasks=self.synthetic_tasks, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed
+            )
+            workload = synthetic.make(made).limited(self.limit)
+        elif _is_gentd26(self.trace):
+            workload = gentd26.read(
+                self.trace, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed, limit=self.limit
+            )
+        else:
+            workload = own_tasks.read(self.trace, self.limit)
+        if self.forecaster == "declared":
+            workload = declared(workload, self.declared_sigma, self.seed)
+        return workload.scaled(self.rate_scale)
+
+
+def _is_gentd26(path: Path) -> bool:
+    if path.suffix != ".csv":
+        return False
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return "gmt_create" in file.readline(4096)
+    except OSError as error:
+        raise WorkloadError(f"trace: cannot read {path}: {error.strerror}; check the path") from None
