@@ -1,0 +1,92 @@
+"""A whole platform on one machine: which parts there are, on which ports, with which keys."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from api.parts import authorize_agent, ensure_operator_key
+from api.settings import Settings
+from api.state_dir import StateDir
+from api.supervisor import Part, Supervisor, command
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPlan:
+    """An agent that runs on this machine."""
+
+    name: str
+    devices: str
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def local_platform(
+    settings: Settings, agents: Sequence[AgentPlan], say: Callable[[str], None], config: Path | None = None
+) -> tuple[Supervisor, Settings]:
+    """Prepare the state directory and the parts: scheduler, gateway, agents.
+
+    Ports that are 0 are chosen. Returns the supervisor, not yet started, and the settings with ports filled in.
+    """
+    gateway, scheduler = settings.gateway, settings.scheduler
+    bind = scheduler.bind
+    if bind.endswith((":0", ":*")):
+        bind = f"{bind.rpartition(':')[0]}:{free_port()}"
+    settings = settings.model_copy(
+        update={
+            "state_dir": settings.state_dir.resolve(),
+            "gateway": gateway.model_copy(update={"port": gateway.port or free_port(gateway.host)}),
+            "scheduler": scheduler.model_copy(
+                update={"internal_port": scheduler.internal_port or free_port(scheduler.internal_host), "bind": bind}
+            ),
+        }
+    )
+    state = StateDir(settings.state_dir)
+    state.create()
+    ensure_operator_key(settings)
+    environment = {
+        "AIGC_STATE_DIR": str(settings.state_dir),
+        "AIGC_GATEWAY__PORT": str(settings.gateway.port),
+        "AIGC_SCHEDULER__BIND": bind,
+        "AIGC_SCHEDULER__INTERNAL_PORT": str(settings.scheduler.internal_port),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if config is not None:
+        environment["AIGC_CONFIG"] = str(config.resolve())
+    internal = (settings.scheduler.internal_host, settings.scheduler.internal_port)
+    parts = [
+        Part(
+            "scheduler",
+            command("scheduler"),
+            state.logs / "scheduler.log",
+            environment,
+            ready=lambda: _listens(*internal),
+        ),
+        Part(
+            "gateway",
+            command("gateway"),
+            state.logs / "gateway.log",
+            environment,
+            ready=lambda: _listens(settings.gateway.host, settings.gateway.port),
+        ),
+    ]
+    connect = bind.replace("0.0.0.0", "127.0.0.1").replace("*", "127.0.0.1")  # noqa: S104
+    for plan in agents:
+        keys = authorize_agent(settings, plan.name, state.agent(plan.name) / "keys")
+        arguments = ("--name", plan.name, "--devices", plan.devices, "--connect", connect, "--keys", str(keys))
+        parts.append(Part(plan.name, command("agent", *arguments), state.logs / f"{plan.name}.log", environment))
+    return Supervisor(parts, say), settings
+
+
+def _listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.2):
+        return True
+    return False
