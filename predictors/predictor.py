@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -149,6 +149,12 @@ class Predictor:
         model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
         mean_us, quantiles_us = _times(model, prediction.outlook, prediction.log_ratio, elapsed_us)
         return replace(prediction, elapsed_us=elapsed_us, mean_us=mean_us, quantiles_us=quantiles_us)
+
+    def at(self, prediction: Prediction, levels: Sequence[float]) -> tuple[Micros, ...]:
+        """Return the run time at any quantile levels (each within 0 and 1), from the present pool of residuals."""
+        model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
+        centre, scale = prediction.outlook.centre + prediction.log_ratio, prediction.outlook.scale
+        return tuple(_micros(centre + scale * model.pool.quantile(level)) for level in levels)
 
     def observe(
         self,

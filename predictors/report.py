@@ -1,0 +1,356 @@
+"""The predictor's report card: a trace replayed in time order, with the delay of labels, beside the baselines.
+
+A random split would flatter: tasks of one user resemble each other. So the first part of the time trains, the rest is scored, and
+a request's run time is learned only when the request had finished.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.tasks import SECOND
+from predictors import baselines
+from predictors.features import Feature
+from predictors.gentd26 import FAILED, SUCCEED, Row, read_rows
+from predictors.predictor import LEVELS, Outcome, Prediction, Predictor
+from predictors.scores import PointScores, auc, pinball, point_scores
+
+Progress = Callable[[float, str], None]
+Series = NDArray[np.float64]
+
+ONLINE = "online hierarchy + residuals + RLS"
+TRAIN_SHARE = 0.7
+ELAPSED_S = (15, 30, 60)
+_PINBALL_LEVELS = tuple((i + 0.5) / 20 for i in range(20))
+_LEAST_ROWS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Shares in per cent of scored tasks within the central intervals and below the upper quantiles."""
+
+    within_80: float
+    within_90: float
+    within_99: float
+    below_p50: float
+    below_p90: float
+    below_p99: float
+    pinball_s: float
+    """Mean quantile loss over levels .025, .075 ... .975."""
+    crossings: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """Predictions for a model of which so many requests had finished, over the whole replay."""
+
+    finished_before: str
+    requests: int
+    medape: float
+    within_90: float
+
+
+@dataclass(frozen=True, slots=True)
+class StillRunning:
+    """Among scored tasks that ran longer than ``elapsed_s``: the share below their P90, re-conditioned and not."""
+
+    elapsed_s: int
+    tasks: int
+    below_p90: float
+    below_p90_unconditioned: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """How well the chance of failure tells failed requests from the others, over the scored part."""
+
+    requests: int
+    failed: int
+    auc: float
+    brier: float
+    brier_base_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportCard:
+    """Everything the replay measured."""
+
+    rows: int
+    trained: int
+    scored: int
+    cut: str
+    """Time of the first scored request, on the trace's clock."""
+    points: tuple[tuple[str, PointScores], ...]
+    calibration: Calibration
+    cold_start: tuple[ColdStart, ...]
+    still_running: tuple[StillRunning, ...]
+    failures: Failures
+    predict_us: float
+    observe_us: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as plain values; what could not be measured is None."""
+        document = asdict(self)
+        document["points"] = [{"predictor": name, **asdict(scores)} for name, scores in self.points]
+        plain: dict[str, Any] = _without_nan(document)
+        return plain
+
+    def table(self) -> str:
+        """Return the card as text."""
+        lines = [
+            f"{self.rows} rows; succeeded: first {self.trained} train, last {self.scored} are scored, cut at {self.cut}",
+            "",
+            f"{'predictor':36}{'MAPE%':>7}{'MedAPE%':>9}{'MAE s':>7}{'logRMSE':>9}{'R2':>7}{'Spearman':>10}{'SJF gain%':>11}",
+        ]
+        for name, s in self.points:
+            lines.append(
+                f"{name:36}{s.mape:7.1f}{s.medape:9.1f}{s.mae_s:7.2f}{s.log_rmse:9.3f}{s.r2:7.3f}{s.spearman:10.3f}{s.sjf_gain:11.1f}"
+            )
+        c = self.calibration
+        lines += [
+            "",
+            f"intervals 80/90/99: {c.within_80:.1f} / {c.within_90:.1f} / {c.within_99:.1f} % covered; below P50/P90/P99: "
+            f"{c.below_p50:.1f} / {c.below_p90:.1f} / {c.below_p99:.1f} %",
+            f"pinball {c.pinball_s:.2f} s; quantiles that cross: {c.crossings}",
+        ]
+        for cold in self.cold_start:
+            lines.append(
+                f"model with {cold.finished_before} finished requests: MedAPE {cold.medape:.1f} %, 90 % interval covers "
+                f"{cold.within_90:.1f} % of {cold.requests}"
+            )
+        for still in self.still_running:
+            lines.append(
+                f"still running after {still.elapsed_s} s: P90 holds for {still.below_p90:.1f} % of {still.tasks} "
+                f"(unconditioned {still.below_p90_unconditioned:.1f} %)"
+            )
+        f = self.failures
+        lines += [
+            f"failure: {f.failed} of {f.requests}, AUC {f.auc:.2f}, Brier {f.brier:.4f} (base rate {f.brier_base_rate:.4f})",
+            f"one predict {self.predict_us:.0f} us ({len(LEVELS)} quantiles), one observe {self.observe_us:.0f} us",
+        ]
+        return "\n".join(lines)
+
+
+def run(path: Path, progress: Progress | None = None) -> ReportCard:
+    """Read a GenTD26 request trace and report on it; raises FileNotFoundError, or ValueError naming what is wrong with it."""
+    return report(read_rows(path), progress)
+
+
+def report(rows: Sequence[Row], progress: Progress | None = None, train_share: float = TRAIN_SHARE) -> ReportCard:
+    """Replay rows in order of submission and score the last part of those that succeeded."""
+    if not 0.0 < train_share < 1.0:
+        raise ValueError(f"train_share: must lie between 0 and 1, got {train_share}")
+    tell = progress or _silent
+    succeeded = [row for row in rows if row.status == SUCCEED and row.run_us > 0]
+    if len(succeeded) < _LEAST_ROWS:
+        raise ValueError(f"the trace has {len(succeeded)} succeeded requests; a report needs at least {_LEAST_ROWS}")
+    trained = int(len(succeeded) * train_share)
+    train, test = succeeded[:trained], succeeded[trained:]
+    replay = _Replay(test[0].submitted_us)
+    replay.run(rows, lambda fraction: tell(0.75 * fraction, "replaying"))
+    truth_s = np.array([row.run_us / SECOND for row in test])
+    points: list[tuple[str, PointScores]] = []
+    for name, predict in _BASELINES:
+        tell(0.75 + 0.04 * len(points), name)
+        points.append((name, point_scores(truth_s, predict(train, test))))
+    scored = [seen for seen in replay.seen if seen.row.status == SUCCEED and seen.row.run_us > 0][-len(test) :]
+    median_s = np.array([seen.quantiles_s[6] for seen in scored])
+    points.append((ONLINE, point_scores(truth_s, median_s, np.array([seen.mean_s for seen in scored]))))
+    tell(1.0, "done")
+    return ReportCard(
+        rows=len(rows),
+        trained=len(train),
+        scored=len(test),
+        cut=datetime.fromtimestamp(test[0].submitted_us / SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        points=tuple(points),
+        calibration=_calibration(truth_s, scored),
+        cold_start=_cold_start(replay.seen),
+        still_running=_still_running(truth_s, scored),
+        failures=_failures(replay),
+        predict_us=replay.predict_s / max(1, len(replay.seen)) * 1e6,
+        observe_us=replay.observe_s / max(1, replay.observed) * 1e6,
+    )
+
+
+_BASELINES: tuple[tuple[str, Callable[[Sequence[Row], Sequence[Row]], Series]], ...] = (
+    ("global mean", baselines.global_mean),
+    ("mean per model", baselines.mean_per_model),
+    ("median of last 400 (model,steps,images)", baselines.median_of_last),
+    ("ridge, model one-hot", baselines.ridge),
+    ("gradient boosting, no history", baselines.boosting),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One request and what was predicted when it was submitted, in seconds."""
+
+    row: Row
+    mean_s: float
+    quantiles_s: tuple[float, ...]
+    pinball_s: tuple[float, ...]
+    """Quantiles at the levels of the pinball loss; empty outside the scored part."""
+    p90_after_s: tuple[float, ...]
+    failure_chance: float
+    finished_before: int
+
+
+class _Replay:
+    """Feeds a predictor the trace as it would have seen it."""
+
+    def __init__(self, score_from_us: int) -> None:
+        self.predictor = Predictor()
+        self.seen: list[_Seen] = []
+        self.predict_s = 0.0
+        self.observe_s = 0.0
+        self.observed = 0
+        self.score_from_us = score_from_us
+        self._running: list[tuple[int, int, Row, Prediction]] = []
+        self._in_flight: dict[str, int] = {}
+        self._finished: dict[str, int] = {}
+
+    def run(self, rows: Sequence[Row], tell: Callable[[float], None]) -> None:
+        every = max(1, len(rows) // 100)
+        for index, row in enumerate(rows):
+            if index % every == 0:
+                tell(index / len(rows))
+            self._learn_until(row.submitted_us)
+            self._submit(index, row)
+
+    def _submit(self, index: int, row: Row) -> None:
+        in_flight = {"in_flight": len(self._running), "in_flight_model": self._in_flight.get(row.model, 0)}
+        features: dict[str, Feature] = {**row.features(), **in_flight}
+        begun = time.perf_counter()
+        prediction = self.predictor.predict(features, row.submitted_us)
+        self.predict_s += time.perf_counter() - begun
+        scored = row.submitted_us >= self.score_from_us
+        self.seen.append(
+            _Seen(
+                row=row,
+                mean_s=prediction.mean_us / SECOND,
+                quantiles_s=tuple(us / SECOND for us in prediction.quantiles_us),
+                pinball_s=tuple(us / SECOND for us in self.predictor.at(prediction, _PINBALL_LEVELS)) if scored else (),
+                p90_after_s=self._p90_after_s(row, prediction) if scored else (),
+                failure_chance=prediction.failure_chance,
+                finished_before=self._finished.get(row.model, 0),
+            )
+        )
+        if row.status in (SUCCEED, FAILED):
+            self._in_flight[row.model] = self._in_flight.get(row.model, 0) + 1
+            heapq.heappush(self._running, (row.submitted_us + row.run_us, index, row, prediction))
+
+    def _p90_after_s(self, row: Row, prediction: Prediction) -> tuple[float, ...]:
+        return tuple(
+            self.predictor.remaining(prediction, elapsed * SECOND).p90_us / SECOND
+            if row.run_us > elapsed * SECOND
+            else 0.0
+            for elapsed in ELAPSED_S
+        )
+
+    def _learn_until(self, now_us: int) -> None:
+        while self._running and self._running[0][0] <= now_us:
+            ended_us, _, row, prediction = heapq.heappop(self._running)
+            outcome = Outcome.FINISHED if row.status == SUCCEED else Outcome.FAILED
+            begun = time.perf_counter()
+            self.predictor.observe(prediction.request, ended_us, row.run_us, outcome, prediction=prediction)
+            self.observe_s += time.perf_counter() - begun
+            self.observed += 1
+            self._in_flight[row.model] -= 1
+            if outcome is Outcome.FINISHED:
+                self._finished[row.model] = self._finished.get(row.model, 0) + 1
+
+
+def _calibration(truth_s: Series, scored: Sequence[_Seen]) -> Calibration:
+    quantiles = np.array([seen.quantiles_s for seen in scored])
+
+    def within(low: float, high: float) -> float:
+        inside = (truth_s >= quantiles[:, LEVELS.index(low)]) & (truth_s <= quantiles[:, LEVELS.index(high)])
+        return 100 * float(inside.mean())
+
+    def below(level: float) -> float:
+        return 100 * float((truth_s <= quantiles[:, LEVELS.index(level)]).mean())
+
+    return Calibration(
+        within_80=within(0.1, 0.9),
+        within_90=within(0.05, 0.95),
+        within_99=within(0.005, 0.995),
+        below_p50=below(0.5),
+        below_p90=below(0.9),
+        below_p99=below(0.99),
+        pinball_s=pinball(truth_s, np.array([seen.pinball_s for seen in scored]), _PINBALL_LEVELS),
+        crossings=int((np.diff(quantiles, axis=1) < 0).sum()),
+    )
+
+
+def _cold_start(seen: Sequence[_Seen]) -> tuple[ColdStart, ...]:
+    # The very first requests of all know nothing of any model, so they say nothing about a new model.
+    later = [one for one in seen[200:] if one.row.status == SUCCEED and one.row.run_us > 0]
+    low, high = LEVELS.index(0.05), LEVELS.index(0.95)
+    cards = []
+    for label, counts in (("no", (0,)), ("1 or 2", (1, 2)), ("3 to 10", tuple(range(3, 11)))):
+        group = [one for one in later if one.finished_before in counts]
+        truth = [one.row.run_us / SECOND for one in group]
+        off = [abs(one.quantiles_s[6] - true) / true for one, true in zip(group, truth, strict=True)]
+        inside = [one.quantiles_s[low] <= true <= one.quantiles_s[high] for one, true in zip(group, truth, strict=True)]
+        cards.append(
+            ColdStart(
+                finished_before=label,
+                requests=len(group),
+                medape=100 * float(np.median(off)) if group else math.nan,
+                within_90=100 * float(np.mean(inside)) if group else math.nan,
+            )
+        )
+    return tuple(cards)
+
+
+def _still_running(truth_s: Series, scored: Sequence[_Seen]) -> tuple[StillRunning, ...]:
+    plain = np.array([seen.quantiles_s[LEVELS.index(0.9)] for seen in scored])
+    cards = []
+    for place, elapsed in enumerate(ELAPSED_S):
+        alive = truth_s > elapsed
+        p90 = np.array([seen.p90_after_s[place] for seen in scored])
+        cards.append(
+            StillRunning(
+                elapsed_s=elapsed,
+                tasks=int(alive.sum()),
+                below_p90=100 * float((truth_s <= p90)[alive].mean()) if alive.any() else math.nan,
+                below_p90_unconditioned=100 * float((truth_s <= plain)[alive].mean()) if alive.any() else math.nan,
+            )
+        )
+    return tuple(cards)
+
+
+def _failures(replay: _Replay) -> Failures:
+    ended = [s for s in replay.seen if s.row.status in (SUCCEED, FAILED) and s.row.submitted_us >= replay.score_from_us]
+    failed = np.array([seen.row.status == FAILED for seen in ended])
+    chance = np.array([seen.failure_chance for seen in ended])
+    rate = float(failed.mean())
+    return Failures(
+        requests=len(ended),
+        failed=int(failed.sum()),
+        auc=auc(failed, chance),
+        brier=float(np.square(failed - chance).mean()),
+        brier_base_rate=rate * (1.0 - rate),
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _silent(_fraction: float, _note: str) -> None:
+    pass
