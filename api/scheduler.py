@@ -1,0 +1,299 @@
+"""The scheduler process: engine, world, journal, SS and SS's internal HTTP, brought up from what the journal holds.
+
+It ends when told (SIGTERM, SIGINT) or when storage fails under it; whoever watches it starts it again, and it goes on from the
+last durable step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from api.journal import JournalBroken, SqliteJournal
+from api.queue_sqlite import SqliteQueue
+from api.settings import Settings
+from api.ss_core import SupportCore
+from api.ss_intake import MethodDefaults
+from api.ss_jobs import Model
+from api.ss_loop import LiveWorld, SchedulerLoop, outstanding_of
+from api.ss_queue import Queue
+from api.state_dir import StateDir
+from api.store import Store
+from api.support import SupportService
+from api.support_http import create_support_app
+from engine.events import TenantConfigured
+from engine.journal import Record
+from engine.limits import Limits
+from engine.ports import Forecaster, NoForecast
+from engine.profile import Profile
+from engine.protocol.controller import Outstanding, Payloads
+from engine.replay import recover
+from engine.resources import Demand
+from engine.scheduler import Engine
+from engine.tasks import SECOND, Micros
+from executors.dfs import open_store
+from executors.ports import FileStore
+
+_log = structlog.get_logger("sm")
+
+
+@dataclass(frozen=True, slots=True)
+class WorldStart:
+    """What a world needs to begin, or to go on from an earlier life."""
+
+    payloads: Payloads
+    epoch: int
+    not_before: Micros
+    """The last time in the journal."""
+    restore: Outstanding | None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Everything a scheduler is made of; `from_settings` reads it from the configuration."""
+
+    state: StateDir
+    make_world: Callable[[WorldStart], LiveWorld]
+    profile: Profile
+    methods: Mapping[str, MethodDefaults]
+    forecaster: Callable[[Sequence[Record]], Forecaster] = lambda _: NoForecast()
+    """Makes the forecaster; gets the recovered records to learn from."""
+    limits: Limits = field(default_factory=Limits)
+    models: Sequence[Model] = ()
+    """Builtin and local models."""
+    default_model: str = "tiny"
+    tenants: Sequence[TenantConfigured] = ()
+    files: FileStore | None = None
+    queue: Queue | None = None
+    """The message queue; None: the embedded one in the state directory."""
+    host: str = "127.0.0.1"
+    port: int = 8081
+    snapshot_every: int = 20_000
+
+
+class Scheduler:
+    """A running scheduler. `start` brings it up from the journal, `close` ends it cleanly; `failed` is set when it must end."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.failed = threading.Event()
+        self.error: BaseException | None = None
+        config.state.create()
+        self.journal = SqliteJournal(config.state.journal)
+        self.store = Store(config.state.journal)
+        self.queue: Queue = config.queue or SqliteQueue(config.state.queue)
+        began = time.perf_counter()
+        body, records = self.journal.load()
+        self.engine: Engine = recover(body, records, config.profile, config.limits)
+        self.core = SupportCore(
+            self.journal,
+            self.store,
+            self.queue,
+            methods=config.methods,
+            default_model=config.default_model,
+            files=config.files,
+            failed=self._fail,
+        )
+        self.journal.within = self.core.within
+        self.journal.published = self.core.published
+        state = self.engine.state
+        restore = outstanding_of(state) if state.now else None
+        self.world = config.make_world(WorldStart(self.core.payloads, self.journal.epoch, state.now, restore))
+        forecaster = config.forecaster(records)
+        self.loop = SchedulerLoop(
+            self.engine, self.world, self.journal, forecaster, snapshot_every=config.snapshot_every, failed=self._fail
+        )
+        self.support = SupportService(self.core, self.loop)
+        _log.info(
+            "recovered",
+            epoch=self.journal.epoch,
+            steps=self.journal.seq,
+            tail=len(records),
+            jobs=len(self.core.fold.live),
+            ms=round((time.perf_counter() - began) * 1000),
+        )
+
+    def start(self) -> None:
+        """Write the configured models and tenants, then run."""
+        with self.journal.transaction() as db:
+            self.store.write_fixed_models(db, self.config.models)
+        for tenant in self.config.tenants:
+            self.world.post(tenant)
+        self.loop.start()
+        self.core.start(self.loop.post)
+
+    def close(self) -> None:
+        """End: take nothing in, finish the step under way, send what is owed, let go of everything."""
+        self.core.stop_intake()
+        self.loop.stop()
+        try:
+            self.core.stop()
+        except JournalBroken:
+            _log.error("journal_broken_at_stop")
+        self.world.close()
+        self.queue.close()
+        self.store.close()
+        self.journal.close()
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.failed.set()
+
+
+def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[int], None] = lambda _: None) -> int:
+    """Run until SIGTERM or SIGINT (returns 0) or until storage or the world fails (returns 1); call in the main thread."""
+    scheduler = Scheduler(config)
+    try:
+        scheduler.start()
+        asyncio.run(_serve(scheduler, on_ready))
+    finally:
+        scheduler.close()
+    if scheduler.error is not None:
+        _log.error("ended_by_failure", error=str(scheduler.error))
+        return 1
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to the scheduler."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(scheduler: Scheduler, on_ready: Callable[[int], None]) -> None:
+    config = scheduler.config
+    app = create_support_app(scheduler.support, config.state.secret("internal"))
+    server = _Server(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    )
+    with _listen(config.host, config.port) as listener:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        on_ready(listener.getsockname()[1])
+        while not (stop.is_set() or scheduler.failed.is_set() or serving.done()):
+            try:
+                await asyncio.wait_for(stop.wait(), 0.1)
+            except TimeoutError:
+                pass
+        scheduler.core.board.close()
+        server.should_exit = True
+        await serving
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno,
+            f"{host}:{port}: SS cannot listen there: {error.strerror}; choose another scheduler.internal_port",
+        ) from error
+    return listener
+
+
+def scheduler_config(settings: Settings) -> SchedulerConfig:
+    """Return the scheduler that the configuration describes: agents over ZeroMQ, embedded queue, configured file store."""
+    section = settings.scheduler
+    state = StateDir(settings.state_dir)
+    state.create()
+
+    def make_world(begin: WorldStart) -> LiveWorld:
+        from executors import curve
+        from executors.zmq_world import ZmqWorld
+
+        return ZmqWorld(
+            section.bind,
+            curve.load_or_generate(state.curve / "scheduler.key"),
+            curve.Authorized(state.curve / "authorized"),
+            begin.payloads,
+            epoch=begin.epoch,
+            not_before=begin.not_before,
+            restore=begin.restore,
+            lease_us=section.lease_ms * 1000,
+            heartbeat_us=section.heartbeat_ms * 1000,
+        )
+
+    profile_path = Path(section.profile)
+    named = profile_path.suffix == ".toml" and profile_path.is_file()
+    return SchedulerConfig(
+        state=state,
+        make_world=make_world,
+        profile=profiles.load(profile_path.read_text() if named else section.profile),
+        methods=method_defaults(settings),
+        forecaster=lambda records: make_forecaster(section.forecaster, records),
+        models=fixed_models(settings.models_dir),
+        default_model=settings.default_model,
+        tenants=[
+            TenantConfigured(name, tenant.weight, tenant.max_pending, tenant.max_running)
+            for name, tenant in sorted(settings.tenants.items())
+        ],
+        files=open_store(settings.files_url()),
+        host=section.internal_host,
+        port=section.internal_port,
+        snapshot_every=section.snapshot_every,
+    )
+
+
+def make_forecaster(kind: str, records: Sequence[Record]) -> Forecaster:
+    """Return the forecaster of a configured kind, taught by the records that were recovered."""
+    if kind == "none":
+        return NoForecast()
+    from predictors.forecaster import DeclaredForecaster, OnlineForecaster
+
+    forecaster = DeclaredForecaster() if kind == "declared" else OnlineForecaster()
+    for record in records:
+        forecaster.stamp(record.now, record.events)
+    return forecaster
+
+
+def method_defaults(settings: Settings) -> dict[str, MethodDefaults]:
+    """Return what each method's Pods ask for, from the configuration."""
+    return {
+        name: MethodDefaults(
+            demand=Demand(
+                gpus=section.gpus,
+                gpu_share=section.gpu_share,
+                gpu_memory_bytes=section.gpu_memory_bytes,
+                cpu_milli=section.cpu_milli,
+                memory_bytes=section.memory_bytes,
+            ),
+            slots=section.slots,
+            max_attempts=section.max_attempts,
+            run_limit_us=section.run_limit_s * SECOND,
+        )
+        for name, section in settings.methods.items()
+    }
+
+
+def fixed_models(models_dir: Path | None) -> list[Model]:
+    """Return the bundled model, and one for each diffusers pipeline under `models_dir`, named by its path there."""
+    models = [Model("tiny", "builtin")]
+    if models_dir is not None:
+        if not models_dir.is_dir():
+            raise ValueError(
+                f"models_dir: {models_dir} is no directory; give the directory that holds one directory per model"
+            )
+        for index in sorted(models_dir.rglob("model_index.json")):
+            path = index.parent
+            name = path.relative_to(models_dir).as_posix()
+            if name not in (".", "tiny"):
+                models.append(Model(name, "local", metadata={"path": str(path.resolve())}))
+    return models

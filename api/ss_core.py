@@ -1,0 +1,263 @@
+"""The half of SS that lives in the scheduler's loop: takes requests in, folds every step into the store, announces what is durable.
+
+One rule orders everything: a step, the jobs it changed, the outcomes it decided and the results it owes are one transaction; only
+after its commit are requests acknowledged, results published, readers told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+
+from api.journal import SqliteJournal
+from api.messages import MessageRefused, decode
+from api.ss_board import Board
+from api.ss_intake import MethodDefaults, Request, understand
+from api.ss_jobs import Folded, Job, JobFold
+from api.ss_payloads import StorePayloads
+from api.ss_queue import Delivery, Queue
+from api.ss_threads import IntakeThread, MailThread
+from api.store import Store
+from engine.commands import Command
+from engine.events import Event, ModelDeployed, ModelUndeployed, TaskSubmitted
+from engine.tasks import Micros
+from executors.ports import FileStore
+
+_log = structlog.get_logger("ss")
+GENERATES = "text_to_image"
+MIN_FREE_SHARE = 0.05
+"""Below this share of free disk nothing new is accepted."""
+
+
+class SupportCore:
+    """SS without its face. Give `within` and `published` to the journal, `payloads` to the world, then `start`."""
+
+    def __init__(
+        self,
+        journal: SqliteJournal,
+        store: Store,
+        queue: Queue,
+        *,
+        methods: Mapping[str, MethodDefaults],
+        default_model: str = "tiny",
+        files: FileStore | None = None,
+        quotas: Mapping[str, int] | None = None,
+        max_live: int = 200_000,
+        max_expected: int = 4_000,
+        failed: Callable[[BaseException], None] = lambda _: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.journal, self.store, self.queue = journal, store, queue
+        self.methods, self.default_model = dict(methods), default_model
+        self.clock = clock
+        self._quotas = dict(quotas or {})
+        self._max_live, self._max_expected = max_live, max_expected
+        self.board = Board()
+        self.fold = JobFold(store.live_jobs(), store.job_by_task, (journal.epoch << 32) + 1)
+        self.payloads = StorePayloads(self.fold.live, store.job_by_task, store.model)
+        self.on_durable: Callable[[], None] = lambda: None
+        """Called after each commit; the world acknowledges its nodes' reports then."""
+        self._post: Callable[[Event], None] | None = None
+        self._intake_lock = threading.Lock()
+        self._posted: dict[tuple[str, str], tuple[str, Delivery]] = {}
+        """Requests given to the engine and not durable yet: (task id, delivery) by (tenant, reqNo)."""
+        self._folded = Folded()
+        self._free_checked_at = 0.0
+        self._disk_low = False
+        self.counters = {
+            "accepted": 0,
+            "duplicate": 0,
+            "quarantined": 0,
+            "refused": 0,
+            "finished": 0,
+            "cancelled": 0,
+            "dead": 0,
+            "rejected": 0,
+        }
+        self.mail = MailThread(queue, store, files, store.manifests, failed)
+        self.intake = IntakeThread(queue, self.take_in, self.busy, failed)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self, post: Callable[[Event], None]) -> None:
+        """Begin to take requests in; `post` gives events to the engine."""
+        self._post = post
+        self.mail.start()
+        self.intake.start()
+
+    def post(self, event: Event) -> None:
+        """Give the engine an event."""
+        if self._post is None:
+            raise RuntimeError("SupportCore.start was not called: there is no engine to give events to")
+        self._post(event)
+
+    def stop_intake(self) -> None:
+        """Take nothing in any more; what was taken in may still become durable."""
+        self.intake.stop()
+
+    def stop(self) -> None:
+        """Send the results that are owed and end; call when the loop has ended."""
+        self.intake.stop()
+        self.mail.stop()
+        if self.mail.sent:
+            with self.journal.transaction() as db:
+                self._mark_sent(db)
+        self.board.close()
+
+    def busy(self) -> bool:
+        """Tell whether intake should wait: too much under way, or the disk is nearly full."""
+        return len(self._posted) >= self._max_expected or len(self.fold.live) >= self._max_live or self.disk_low()
+
+    def disk_low(self) -> bool:
+        """Tell whether less than `MIN_FREE_SHARE` of the disk is free; looked at once a second."""
+        now = time.monotonic()
+        if now - self._free_checked_at >= 1.0:
+            self._free_checked_at = now
+            usage = shutil.disk_usage(self.journal.path.parent)
+            self._disk_low = usage.free < usage.total * MIN_FREE_SHARE
+        return self._disk_low
+
+    # --- in the loop, around each commit --------------------------------------------------------------------------------
+
+    def within(self, db: sqlite3.Connection, now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> None:
+        """Write what a step means, inside its transaction."""
+        self._folded = self.fold.fold(now, events, commands)
+        if not self._folded.empty:
+            self.store.write_folded(db, self._folded)
+        self._mark_sent(db)
+
+    def published(self) -> None:
+        """Tell everybody what the last step meant; it is durable now."""
+        self.on_durable()
+        folded, self._folded = self._folded, Folded()
+        if not folded.empty:
+            self._announce(folded)
+
+    def _announce(self, folded: Folded) -> None:
+        self.board.publish(folded.changes)
+        deliveries = []
+        for job in folded.new:
+            posted = self._posted.pop(job.key, None)
+            if posted is not None:
+                deliveries.append(posted[1])
+        for outcome in folded.outcomes:
+            self.counters[outcome.kind] += 1
+        if deliveries or folded.outcomes:
+            self.mail.journaled(deliveries, results=bool(folded.outcomes))
+
+    def _mark_sent(self, db: sqlite3.Connection) -> None:
+        sent = self.mail.sent
+        if sent:
+            self.store.write_sent(db, [sent.popleft() for _ in range(len(sent))])
+
+    # --- taking requests in ---------------------------------------------------------------------------------------------
+
+    def take_in(self, delivery: Delivery) -> None:
+        """Turn one message into an event for the engine, an answer, or a dead letter."""
+        with self._intake_lock:
+            try:
+                self._take_in(delivery)
+            except MessageRefused as refused:
+                self._refuse(delivery, refused)
+
+    def _take_in(self, delivery: Delivery) -> None:
+        message = decode(delivery.body)
+        tenant, req_no = key = (message.header.tenant, message.req_no)
+        posted = self._posted.get(key)
+        if posted is not None:
+            # Its lease ran out before the step was durable: from now on this delivery is the one to acknowledge.
+            self._posted[key] = (posted[0], delivery)
+            return
+        if self.store.known(tenant, req_no, delivery.message_id):
+            self.counters["duplicate"] += 1
+            self.mail.journaled([delivery], results=False)
+            return
+        request = understand(
+            message,
+            message_id=delivery.message_id,
+            task_id=self._task_id(tenant, req_no),
+            now=int(self.clock() * 1e6),
+            methods=self.methods,
+            default_model=self.default_model,
+            find_model=self.store.model,
+        )
+        quota = self._quotas.get(tenant, 0)
+        if quota and self.store.quota_reserved(tenant) + len(self._posted) >= quota:
+            raise MessageRefused(
+                "quota",
+                f"tenant {tenant} has {quota} requests under way, as many as its quota",
+                *key,
+                request.job.header,
+            )
+        self.counters["accepted"] += 1
+        self._posted[key] = (request.job.task_id, delivery)
+        self._give(request)
+
+    def _give(self, request: Request) -> None:
+        job = request.job
+        if request.spec is not None:
+            self.fold.expected[job.task_id] = job
+            self.post(TaskSubmitted(request.spec))
+        else:
+            self.fold.deploying.setdefault((job.model, request.pods), deque()).append(job)
+            self.post(self.deployment(job.model, request.pods))
+
+    def deployment(self, model_id: str, pods: int) -> ModelDeployed | ModelUndeployed:
+        """Return the event that keeps `pods` warm Pods with a model."""
+        if pods == 0:
+            return ModelUndeployed(model_id, GENERATES)
+        defaults = self.methods.get(GENERATES, MethodDefaults())
+        return ModelDeployed(model_id, GENERATES, defaults.demand, defaults.slots, pods)
+
+    def _task_id(self, tenant: str, req_no: str) -> str:
+        """Return the engine's name of a request; two tenants that chose the same reqNo are told apart."""
+        others = any(name == req_no for name, _ in self._posted.values())
+        if not others and self.store.job_by_task(req_no) is None:
+            return req_no
+        return f"{req_no}.{hashlib.sha256(tenant.encode()).hexdigest()[:12]}"
+
+    def _refuse(self, delivery: Delivery, refused: MessageRefused) -> None:
+        """Answer where the asker is readable, and keep what nobody can use as a dead letter."""
+        if refused.req_no and not self.store.known(refused.tenant, refused.req_no, delivery.message_id):
+            job = self._refused_job(delivery, refused)
+            with self.journal.transaction() as db:
+                folded = self.fold.refuse(self.clock(), job, refused.code, str(refused))
+                self.store.write_folded(db, folded)
+            self._announce(folded)
+        if refused.code == "quota":
+            self.counters["refused"] += 1
+            self.mail.journaled([delivery], results=False)
+            return
+        self.counters["quarantined"] += 1
+        self.queue.bury([delivery], f"{refused.code}: {refused}")
+        _log.warning(
+            "message_quarantined",
+            message_id=delivery.message_id,
+            reqNo=refused.req_no,
+            code=refused.code,
+            reason=str(refused),
+        )
+
+    def _refused_job(self, delivery: Delivery, refused: MessageRefused) -> Job:
+        header: dict[str, Any] = refused.header
+        return Job(
+            task_id=self._task_id(refused.tenant, refused.req_no),
+            tenant=refused.tenant,
+            req_no=refused.req_no,
+            header=header,
+            task_type=str(header.get("taskType", "GC")),
+            method="",
+            parameters={},
+            submitted_at=self.clock(),
+            group=str(header.get("group", "")),
+            priority=int(header.get("priority", 0)),
+            message_id=delivery.message_id,
+        )

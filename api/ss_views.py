@@ -1,0 +1,145 @@
+"""How SS shows things to the gateway: jobs, models, nodes and queues in the shapes of `api.ports`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from api.messages import Message
+from api.ports import JobEvent, JobView, ModelView
+from api.ss_jobs import Change, Job, Model, view_of
+from engine.reasons import Blocker
+from engine.state import State
+from engine.tasks import TERMINAL_STATES
+
+
+def job_view(view: Mapping[str, Any]) -> JobView:
+    """Return a view as the gateway gets it; it was made by us, so nothing is validated again."""
+    return JobView.model_construct(**view)
+
+
+def job_event(change: Change) -> JobEvent:
+    """Return a change as the gateway gets it."""
+    return JobEvent.model_construct(
+        event_id=change.event_id, kind=change.kind, at=change.at, view=job_view(change.view)
+    )
+
+
+def stored_event(row: tuple[int, str, float, str, str, dict[str, Any]], job: Job) -> JobEvent:
+    """Return a stored change: what changed then, over what never changes."""
+    event_id, kind, at, _, _, changed = row
+    view = {**view_of(job), **changed}
+    if changed["state"] != job.state:
+        view["result"] = None
+    return JobEvent.model_construct(event_id=event_id, kind=kind, at=at, view=job_view(view))
+
+
+def queued_view(message: Message, seen_at: float) -> JobView:
+    """Return a request that is still in the queue."""
+    header, body = message.header, message.body
+    return JobView(
+        req_no=message.req_no,
+        tenant=header.tenant,
+        group=header.group,
+        task_type=header.taskType,
+        method=body.method,
+        model=str(body.parameters.get("model") or body.parameters.get("base_model") or ""),
+        priority=header.priority,
+        state="queued",
+        submitted_at=seen_at,
+        parameters=body.parameters,
+    )
+
+
+def model_view(model: Model) -> ModelView:
+    """Return a model as the gateway gets it."""
+    return ModelView.model_validate(
+        {
+            "model_id": model.model_id,
+            "tenant": model.tenant,
+            "kind": model.kind,
+            "base": model.base,
+            "created_at": model.created_at,
+            "source_req_no": model.source_req_no,
+            "deployed_pods": model.deployed_pods,
+            "files": model.files,
+            "metadata": model.metadata,
+        }
+    )
+
+
+def blockers_view(blockers: Sequence[Blocker]) -> list[dict[str, Any]]:
+    """Return why a task waits."""
+    shown = []
+    for blocker in blockers:
+        missing: dict[str, Any] = {
+            name: value
+            for name, value in (("nodes", blocker.nodes), ("amount", blocker.missing), ("node", blocker.node))
+            if value
+        }
+        if blocker.until:
+            missing["until"] = blocker.until / 1e6
+        shown.append({"reason": str(blocker.reason), "message": blocker.detail, "missing": missing})
+    return shown
+
+
+def nodes_view(state: State) -> list[dict[str, Any]]:
+    """Return every node with its GPUs, use, Pods and state."""
+    return [
+        {
+            "name": node.name,
+            "up": node.up,
+            "draining": node.draining,
+            "state": "down" if not node.up else "draining" if node.draining else "up",
+            "labels": dict(node.spec.labels),
+            "cpu_milli": node.spec.cpu_milli,
+            "memory_bytes": node.spec.memory_bytes,
+            "gpus": [
+                {
+                    "uuid": gpu.uuid,
+                    "model": gpu.model,
+                    "memory_bytes": gpu.memory_bytes,
+                    "memory_free_bytes": gpu.memory_free,
+                    "share_free": gpu.share_free,
+                    "healthy": gpu.healthy,
+                    "present": gpu.present,
+                    "draining": gpu.drained,
+                }
+                for gpu in node.gpus
+            ],
+            "pods": [
+                {
+                    "pod": pod.number,
+                    "method": pod.method,
+                    "model": pod.model,
+                    "state": pod.state.value,
+                    "slots": pod.slots,
+                    "tasks": sorted(pod.tasks),
+                    "gpus": [grant.uuid for grant in pod.grants],
+                }
+                for pod in node.pods.values()
+            ],
+        }
+        for node in state.cluster.nodes
+    ]
+
+
+def engine_view(state: State) -> dict[str, Any]:
+    """Return the engine's queue by tenant and priority, and its counters."""
+    tenants: dict[str, dict[str, int]] = {}
+    priorities: dict[str, int] = {}
+    for task in state.tasks.values():
+        if task.state in TERMINAL_STATES:
+            continue
+        states = tenants.setdefault(task.spec.tenant, {})
+        states[task.state.value] = states.get(task.state.value, 0) + 1
+        band = str(task.spec.priority)
+        priorities[band] = priorities.get(band, 0) + 1
+    return {
+        "tenants": tenants,
+        "priorities": priorities,
+        "pending": state.pending,
+        "outcomes": dict(state.outcomes),
+        "ignored_reports": dict(state.ignored),
+        "wanted_nodes": state.wanted_nodes,
+    }

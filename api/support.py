@@ -1,0 +1,289 @@
+"""The support service (SS) as the gateway sees it: `api.ports.SupportPort` inside the scheduler's process.
+
+Every answer shows durable facts only. What changes the engine is posted as an event, and the call returns when the journal has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from api import ss_views
+from api.messages import MessageRefused, decode, request_id
+from api.ports import JobEvent, JobView, ModelView, SupportRefused
+from api.ss_compensate import compensate
+from api.ss_core import SupportCore
+from api.ss_intake import MAX_DEPLOYED_PODS
+from api.ss_jobs import TERMINAL, Job, Model, view_of
+from api.ss_queue import REQUESTS
+from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
+from engine.scheduler import Engine
+
+T = TypeVar("T")
+CERTAIN_TIMEOUT_S = 120.0
+"""Longest wait for a cancel: a silent node's lease and margin, with room to spare."""
+KEEPALIVE_S = 15.0
+MAX_PAGE = 500
+
+
+class Loop(Protocol):
+    """The scheduler's loop as SS needs it."""
+
+    def post(self, event: Event) -> None:
+        """Give the engine an event; from any thread."""
+        ...
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """Answer a question about the engine between two of its steps."""
+        ...
+
+    def health(self) -> Mapping[str, tuple[bool, str]]:
+        """Return (well, detail) of each part of the loop."""
+        ...
+
+
+class SupportService:
+    """SS in one process with the scheduler's loop."""
+
+    def __init__(self, core: SupportCore, loop: Loop) -> None:
+        self._core = core
+        self._loop = loop
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    async def job(self, tenant: str, req_no: str) -> JobView:
+        """Return a job, from the board, the store, or the queue where it still waits."""
+        shown = self._core.board.view((tenant, req_no))
+        if shown is not None:
+            return ss_views.job_view(shown[1])
+        job = self._core.store.job(tenant, req_no)
+        if job is not None:
+            return ss_views.job_view(self._freshest(job))
+        waiting = self._core.queue.peek(REQUESTS, request_id(tenant, req_no))
+        if waiting is not None:
+            try:
+                message = decode(waiting.body)
+                if message.header.tenant == tenant and message.req_no == req_no:
+                    return ss_views.queued_view(message, self._core.clock())
+            except MessageRefused:
+                pass
+        raise _absent("job", req_no)
+
+    async def jobs(
+        self, tenant: str, *, limit: int = 50, cursor: str = "", state: str = "", group: str = ""
+    ) -> tuple[Sequence[JobView], str]:
+        """Return jobs newest first and the cursor of the next page."""
+        if cursor and not cursor.isdigit():
+            raise SupportRefused(422, "bad_cursor", "cursor: use the one that came with the page before")
+        limit = max(1, min(limit, MAX_PAGE))
+        found = self._core.store.jobs(tenant, limit + 1, int(cursor or 0), state, group)
+        page = [ss_views.job_view(self._freshest(job)) for job in found[:limit]]
+        return page, str(found[limit - 1].n) if len(found) > limit else ""
+
+    def _freshest(self, job: Job) -> Mapping[str, Any]:
+        shown = self._core.board.view(job.key)
+        return shown[1] if shown is not None and shown[0] >= job.last_event else view_of(job)
+
+    async def cancel(self, tenant: str, req_no: str) -> JobView:
+        """Cancel; returns the final state, whichever of result and cancel came first."""
+        job = await self._taken_in(tenant, req_no)
+        if job.terminal:
+            return ss_views.job_view(view_of(job))
+        self._core.post(TaskCancelRequested(job.task_id))
+        ended = await self._core.board.until(lambda: self._ended(job.key), CERTAIN_TIMEOUT_S)
+        if ended is None:
+            raise SupportRefused(504, "not_certain", f"job {req_no}: it is not certain yet that it stopped; ask again")
+        return ss_views.job_view(ended)
+
+    def _ended(self, key: tuple[str, str]) -> Mapping[str, Any] | None:
+        shown = self._core.board.view(key)
+        if shown is None:
+            job = self._core.store.job(*key)
+            return view_of(job) if job is not None and job.terminal else None
+        return shown[1] if shown[1]["state"] in TERMINAL else None
+
+    async def _taken_in(self, tenant: str, req_no: str) -> Job:
+        """Return a job from the store, taking its message out of the queue first where it still waits there."""
+        store, queue = self._core.store, self._core.queue
+        job = store.job(tenant, req_no)
+        if job is not None:
+            return job
+        message_id = request_id(tenant, req_no)
+        delivery = await asyncio.to_thread(queue.claim, REQUESTS, message_id)
+        if delivery is not None:
+            await asyncio.to_thread(self._core.take_in, delivery)
+        elif queue.peek(REQUESTS, message_id) is None and store.job(tenant, req_no) is None:
+            raise _absent("job", req_no)
+        job = await self._core.board.until(lambda: store.job(tenant, req_no), 10.0)
+        if job is None:
+            raise _absent("job", req_no)
+        return job
+
+    async def why(self, tenant: str, req_no: str) -> Sequence[Mapping[str, Any]]:
+        """Return every reason that keeps the job waiting."""
+        job = self._core.store.job(tenant, req_no)
+        if job is None:
+            await self.job(tenant, req_no)
+            return [{"reason": "queued", "message": "the request waits in the message queue", "missing": {}}]
+        if job.terminal:
+            return []
+        task_id = job.task_id
+
+        def question(engine: Engine) -> list[dict[str, Any]]:
+            # A task that ended a long time ago is forgotten by the engine.
+            return ss_views.blockers_view(engine.why(task_id)) if task_id in engine.state.tasks else []
+
+        return await self._loop.ask(question)
+
+    async def events(self, tenant: str, req_no: str = "", after: int = 0) -> AsyncIterator[JobEvent]:
+        """Stream changes after an event id; ends when the one job is terminal."""
+        board = self._core.board
+        if req_no:
+            await self.job(tenant, req_no)
+        listener = board.listen(lambda change: tenant in ("*", change.job.tenant) and req_no in ("", change.job.req_no))
+        try:
+            for event in self._history(tenant, req_no, after):
+                yield event
+                after = event.event_id
+            job = self._core.store.job(tenant, req_no) if req_no else None
+            if job is not None and job.terminal:
+                if job.last_event > after:
+                    yield JobEvent(
+                        event_id=job.last_event,
+                        kind=job.state,
+                        at=job.finished_at or 0.0,
+                        view=ss_views.job_view(view_of(job)),
+                    )
+                return
+            while not board.closed:
+                for change in await listener.take(KEEPALIVE_S):
+                    if change.event_id <= after:
+                        continue
+                    after = change.event_id
+                    yield ss_views.job_event(change)
+                    if req_no and change.view["state"] in TERMINAL:
+                        return
+        finally:
+            board.leave(listener)
+
+    def _history(self, tenant: str, req_no: str, after: int) -> list[JobEvent]:
+        """Return the stored changes after an event id; without an id, one job's whole life and of all jobs nothing."""
+        if not req_no and after <= 0:
+            return []
+        jobs: dict[tuple[str, str], Job | None] = {}
+        events = []
+        for row in self._core.store.events(tenant, req_no, after, 10_000):
+            key = (row[3], row[4])
+            if key not in jobs:
+                jobs[key] = self._core.store.job(*key)
+            job = jobs[key]
+            if job is not None:
+                events.append(ss_views.stored_event(row, job))
+        return events
+
+    async def compensate(self, tenant: str, req_no: str, action: str, key: str = "") -> Mapping[str, Any]:
+        """Redeliver the result, run a dead-lettered task again, or give back its quota; idempotent by key."""
+        job = self._core.store.job(tenant, req_no)
+        if job is None:
+            raise _absent("job", req_no)
+        return await compensate(self._core, job, action, key)
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    async def models(self, tenant: str) -> Sequence[ModelView]:
+        """Return the models the tenant may use."""
+        return [ss_views.model_view(model) for model in self._core.store.models(tenant)]
+
+    async def model(self, tenant: str, model_id: str) -> ModelView:
+        """Return one model."""
+        return ss_views.model_view(self._model(tenant, model_id))
+
+    def _model(self, tenant: str, model_id: str) -> Model:
+        model = self._core.store.model(model_id)
+        if model is None or (tenant != "*" and model.tenant not in ("", tenant)):
+            raise _absent("model", model_id)
+        return model
+
+    async def deploy(self, tenant: str, model_id: str, pods: int) -> ModelView:
+        """Keep `pods` warm Pods with the model; 0 undeploys."""
+        if not 0 <= pods <= MAX_DEPLOYED_PODS:
+            raise SupportRefused(422, "invalid", f"pods: give a whole number from 0 to {MAX_DEPLOYED_PODS}")
+        self._model(tenant, model_id)
+        self._core.post(self._core.deployment(model_id, pods))
+
+        def deployed() -> Model | None:
+            model = self._core.store.model(model_id)
+            return model if model is not None and model.deployed_pods == pods else None
+
+        model = await self._core.board.until(deployed, CERTAIN_TIMEOUT_S)
+        if model is None:
+            raise SupportRefused(504, "not_certain", f"model {model_id}: the deployment is not certain yet; ask again")
+        return ss_views.model_view(model)
+
+    async def delete_model(self, tenant: str, model_id: str) -> None:
+        """Delete a personalised model; 409 while a job or another model needs it."""
+        model = self._model(tenant, model_id)
+        if model.kind in ("builtin", "local"):
+            raise SupportRefused(
+                403, "not_yours", f"model {model_id} is {model.kind}; only trained models can be deleted"
+            )
+        if self._core.store.model_in_use(model_id):
+            raise SupportRefused(
+                409, "in_use", f"model {model_id} is used by a job that has not ended; cancel it or wait"
+            )
+        if model.deployed_pods:
+            await self.deploy(tenant, model_id, 0)
+
+        def delete() -> None:
+            with self._core.journal.transaction() as db:
+                self._core.store.write_model_deleted(db, model_id)
+
+        await asyncio.to_thread(delete)
+
+    # --- operators ----------------------------------------------------------------------------------------------------
+
+    async def nodes(self) -> Sequence[Mapping[str, Any]]:
+        """Return every node with its GPUs, use, Pods and state."""
+        return await self._loop.ask(lambda engine: ss_views.nodes_view(engine.state))
+
+    async def drain(self, node: str, gpu: str | None = None) -> None:
+        """Start nothing new there."""
+        await self._check_node(node, gpu)
+        self._core.post(NodeDrainRequested(node, gpu))
+        await self._loop.ask(lambda _: None)
+
+    async def uncordon(self, node: str, gpu: str | None = None) -> None:
+        """Take work again."""
+        await self._check_node(node, gpu)
+        self._core.post(NodeUncordoned(node, gpu))
+        await self._loop.ask(lambda _: None)
+
+    async def _check_node(self, node: str, gpu: str | None) -> None:
+        nodes = {item["name"]: item for item in await self.nodes()}
+        if node not in nodes:
+            raise _absent("node", node)
+        if gpu is not None and gpu not in {item["uuid"] for item in nodes[node]["gpus"]}:
+            raise _absent("gpu", gpu)
+
+    async def queue(self) -> Mapping[str, Any]:
+        """Return queue lengths, engine and MQ counters."""
+        engine = await self._loop.ask(lambda engine: ss_views.engine_view(engine.state))
+        counts = await asyncio.to_thread(self._core.queue.counts)
+        return {"engine": engine, "mq": counts, "support": dict(self._core.counters)}
+
+    async def health(self) -> Mapping[str, Any]:
+        """Return whether SS and the scheduler are ready, part by part."""
+        modules = {name: {"ok": ok, "detail": detail} for name, (ok, detail) in self._loop.health().items()}
+        low = self._core.disk_low()
+        modules["disk"] = {"ok": not low, "detail": "less than 5% free: nothing new is accepted" if low else ""}
+        behind = self._core.busy() and not low
+        modules["intake"] = {
+            "ok": not behind,
+            "detail": "too much is under way: requests wait in the queue" if behind else "",
+        }
+        return {"ready": all(module["ok"] for module in modules.values()), "modules": modules}
+
+
+def _absent(what: str, name: str) -> SupportRefused:
+    return SupportRefused(404, f"{what}_not_found", f"there is no {what} {name!r}")
