@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from executors.tiny import drawing, networks, snapshots
 
 # Steps of a training of sixty minutes on one core that is free.
-VAE_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 500, 10_000
+VAE_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 500, 7000
 SNAPSHOT_EVERY = 250
 EMPTY_CAPTIONS = 0.1
 
