@@ -28,7 +28,7 @@ class Breakage:
         world, plan = self._world, self._plan
         for fault in plan.faults:
             self._check(fault)
-            world.after(fault.at - world.now(), self._strike, fault)
+            world.after(fault.at - world.now(), self.strike, fault)
         for name, node in world.nodes.items():
             if plan.node_mtbf_us:
                 self._arm_own(FaultKind.NODE_LOST, name, "")
@@ -58,11 +58,12 @@ class Breakage:
         self._world.after(up, self._strike_again, Fault(self._world.now() + up, kind, node, gpu, down))
 
     def _strike_again(self, fault: Fault) -> None:
-        self._strike(fault)
+        self.strike(fault)
         assert fault.repair_after_us is not None
         self._world.after(fault.repair_after_us, self._arm_own, fault.kind, fault.node, fault.gpu)
 
-    def _strike(self, fault: Fault) -> None:
+    def strike(self, fault: Fault) -> None:
+        """Let a fault happen now."""
         node = self._world.nodes[fault.node]
         match fault.kind:
             case FaultKind.NODE_LOST:

@@ -117,8 +117,10 @@ class Hardware:
     default_steps: int = 30
     batch_rows: int = 4
     """Pictures denoised together; more are done in turns."""
-    disk_cache_share: float = 0.5
-    memory_cache_share: float = 0.25
+    disk_cache_share: float = 0.05
+    """Share of a node's disk that keeps models: about 30 SDXL models at the default size, of the service's 86."""
+    memory_cache_share: float = 0.0625
+    """Share of a node's memory that keeps models' files: about 10 SDXL models."""
     detect_us: Micros = 15 * SECOND
     """Silence after which a node counts as lost."""
     progress_reports: int = 0

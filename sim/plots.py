@@ -46,7 +46,7 @@ def all_plots(results: Sequence[SimulationResult]) -> list[Plot]:
         return [
             Plot(
                 "How long tasks wait",
-                "Share of tasks that had started within so many seconds; dashed: urgent tasks only.",
+                "Share of tasks that had started within so many seconds (less than a tenth: a tenth); dashed: urgent tasks only.",
                 _waiting(results),
             ),
             Plot(
@@ -72,7 +72,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _axes(rows: int = 1, columns: int = 1, height: float = 3.2) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(11, height))
+    figure = Figure(figsize=(11, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -87,7 +87,7 @@ def _waiting(results: Sequence[SimulationResult]) -> str:
         for name, style in (("all", "-"), ("priority urgent", "--")):
             curve = result.summary.waiting_curve.get(name)
             if curve:
-                seconds = [max(0.01, point[0]) for point in curve]
+                seconds = [max(0.1, point[0]) for point in curve]
                 label = result.profile if name == "all" else None
                 axes.step(
                     seconds, [point[1] for point in curve], style, where="post", color=_colour(number), label=label

@@ -24,19 +24,18 @@ class _Pump:
     def __init__(self, engine: Steps, world: SimWorld, journal: Journal, forecaster: Forecaster) -> None:
         self._world = world
         self._turns = drive(engine, world, journal, forecaster)
-        self._rung = False
+        self.rung = False
         self._armed_for: Micros | None = None
         self._idle_turns = 0
         self._last: Micros = -1
 
     def ring(self) -> None:
-        """Have one turn at this instant, after everything else that is due now."""
-        if not self._rung:
-            self._rung = True
-            self._world.after(0, self._turn)
+        """Ask for one turn at this instant, after everything else that is due now."""
+        self.rung = True
 
-    def _turn(self) -> None:
-        self._rung = False
+    def turn(self) -> None:
+        """Go round the loop once."""
+        self.rung = False
         now = self._world.now()
         self._idle_turns = self._idle_turns + 1 if now == self._last else 0
         self._last = now
@@ -81,20 +80,23 @@ def run(
     span = max(1, until if until is not None else world.last_arrival_at)
     turns = 0
     try:
-        while not world.settled or until is not None:
-            for _ in range(256):
-                at = env.peek()
-                if at > limit or (until is None and world.settled):
-                    break
-                env.step()
-            else:
+        while True:
+            at = env.peek()
+            if pump.rung and at > env.now:
+                pump.turn()
                 turns += 1
-                if progress is not None and turns % 16 == 0:
+                if until is None and world.settled:
+                    break
+                if progress is not None and turns % 4096 == 0:
                     progress(
                         min(1.0, world.now() / span), f"{world.arrived} tasks arrived, {len(world.open_tasks)} open"
                     )
                 continue
-            break
+            if at > limit:
+                break
+            env.step()
+        if until is not None and until > env.now:
+            env.run(until=until)
     finally:
         world.bell = None
     if progress is not None:

@@ -32,7 +32,7 @@ from engine.tasks import TERMINAL_STATES, FailureCause, Micros, TaskSpec, TaskSt
 from sim.breakage import Breakage
 from sim.caches import Source
 from sim.draws import lognormal, unit
-from sim.faults import FaultPlan
+from sim.faults import Fault, FaultKind, FaultPlan
 from sim.hardware import Hardware
 from sim.parts import AttemptKey, Outcome, SimAttempt, SimNode, SimPod
 from sim.pump import run
@@ -269,6 +269,10 @@ class SimWorld:
             attempt.token += 1
             self._attempts.pop(key, None)
         return pod
+
+    def fail_node(self, node: str, repair_after_us: Micros | None = None) -> None:
+        """Let a machine die now; None: it never comes back."""
+        self._breakage.strike(Fault(self.now(), FaultKind.NODE_LOST, node, repair_after_us=repair_after_us))
 
     def crash_pod(self, number: int, detail: str) -> None:
         """Let a Pod die by itself."""
