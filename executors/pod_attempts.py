@@ -158,8 +158,8 @@ class Attempts:
         _cap_gpu_memory(spec)
         self._method.load(self._models.resolve(spec.model), spec.device)
 
-    def run(self, order: Order) -> None:
-        """Run an attempt to its end, whatever that is, and report it; the process goes on."""
+    def run(self, order: Order) -> bool:
+        """Run an attempt to its end, whatever that is, and report it; False when the process is of no use any more."""
         self._link.send("started", key=order.key)
         attempt: Attempt | None = None
         began = time.monotonic()
@@ -175,8 +175,10 @@ class Attempts:
             self._report_stop(order, attempt, cancelled)
         except Exception as error:
             self._report_failure(order, error)
+            return not breaks_the_device(error)
         finally:
             self._remove_directory(order)
+        return True
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -232,6 +234,15 @@ def cause_of(error: BaseException) -> FailureCause:
     if isinstance(error, RuntimeError) and any(sign in text for sign in _GPU_LOST):
         return FailureCause.GPU_LOST
     return FailureCause.CRASHED
+
+
+def breaks_the_device(error: BaseException) -> bool:
+    """Tell whether CUDA refuses all further work of this process after the error; running out of memory does not."""
+    return (
+        isinstance(error, RuntimeError)
+        and "cuda error" in str(error).lower()
+        and cause_of(error) is not FailureCause.OUT_OF_MEMORY
+    )
 
 
 class UnknownMethod(ValueError):

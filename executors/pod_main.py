@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.tasks import NOT_RETRYABLE, FailureCause
 from executors.limits import limit_this_process
 from executors.pod_wire import Frames, encode
 
@@ -176,12 +177,20 @@ def run_pod(end: socket.socket) -> int:
     try:
         attempts = Attempts(spec, link, orders)
     except BaseException as error:
-        traceback.print_exc()
-        link.send("down", cause=cause_of(error), detail=f"{type(error).__name__}: {error}"[:1024])
+        cause = cause_of(error)
+        if cause not in NOT_RETRYABLE:
+            traceback.print_exc()  # What the caller can mend needs no traceback.
+        link.send("down", cause=cause, detail=f"{type(error).__name__}: {error}"[:1024])
         return 1
     link.send("up", load_us=round((time.monotonic() - began) * 1e6))
     while (order := orders.next()) is not None:
-        attempts.run(order)
+        if not attempts.run(order):
+            link.send(
+                "down",
+                cause=FailureCause.GPU_LOST,
+                detail="CUDA works no more in this process; see its attempt's failure",
+            )
+            return 1
     attempts.close()
     return 0
 

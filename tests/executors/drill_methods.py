@@ -133,6 +133,13 @@ class NoModel(Drill):
         raise ModelMissing("model: 'gone' is not here")
 
 
+class Broken(Drill):
+    """Gets an error after which CUDA refuses to work."""
+
+    def run(self, parameters: Any, context: MethodContext) -> MethodResult:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
 class SlowToLoad(Drill):
     """Never finishes loading."""
 

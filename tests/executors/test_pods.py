@@ -38,7 +38,18 @@ SECOND_US = 1_000_000
 GENEROUS_S = 60.0
 DRILLS = {
     name: f"drill_methods:{name}"
-    for name in ("WhoAmI", "Hog", "Stubborn", "Talker", "Litter", "Writer", "Stepper", "NoModel", "SlowToLoad")
+    for name in (
+        "WhoAmI",
+        "Hog",
+        "Stubborn",
+        "Talker",
+        "Litter",
+        "Writer",
+        "Stepper",
+        "NoModel",
+        "SlowToLoad",
+        "Broken",
+    )
 }
 Report = TypeVar("Report", bound=PodReport)
 
@@ -249,6 +260,16 @@ def test_without_cgroups_an_allocation_over_the_limit_fails_in_the_pod(
         host.close()
 
 
+def test_a_pod_whose_gpu_works_no_more_ends_after_it_reported_the_attempt(bench: Bench) -> None:
+    bench.up("Broken")
+    bench.host.start(1, "r", 1, {})
+    down = bench.expect(PodDown)
+    assert (down.cause, down.ordered) == (FailureCause.GPU_LOST, False)
+    failed = bench.expect(AttemptFailed)
+    assert failed.cause is FailureCause.CRASHED
+    assert "device-side assert" in failed.detail
+
+
 def test_an_attempt_stops_between_two_steps(bench: Bench) -> None:
     bench.up("Stepper")
     bench.host.start(1, "r", 1, {"steps": 100_000, "step_s": 0.005})
@@ -360,6 +381,7 @@ def test_a_pod_that_cannot_be_says_why(bench: Bench, order: PodOrder, cause: Fai
     down = bench.expect(PodDown)
     assert (down.cause, down.ordered) == (cause, False)
     assert detail in down.detail
+    assert "Traceback" not in down.detail
     assert list((bench.work_dir / "pods").iterdir()) == []
 
 
