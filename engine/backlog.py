@@ -74,7 +74,7 @@ class RoomLine(Line):
         super().__init__(node)
         self.fit = fit
         self.members = members
-        self.failed_at: tuple[int, int] = (-1, -1)
+        self.failed_at: tuple[int, int, int] = (-1, -1, -1)
         """What was idle and free when making room failed last."""
 
 
@@ -119,14 +119,15 @@ class Backlog:
         self.idle_version = 0
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
         """(method, model) -> its Pods that are not gone."""
-        self.possible: dict[Demand, tuple[int, bool]] = {}
-        """Demand -> (topology, whether any node could ever hold it)."""
+        self.possible: dict[tuple[Demand, int, bool], tuple[int, bool]] = {}
+        """(demand, members, on one node) -> (topology, whether the known nodes could ever hold it)."""
         self.timers = Timers()
         self.ages: list[tuple[Micros, int, int, Task]] = []
         self._ticket = 0
         self._cursor = 0
         self._epoch = -1
-        self._largest = state.cluster.largest_gpu_bytes
+        self._cards: list[tuple[str, int]] = []
+        self._topology = -1
         self._scorers = profile.scorer_values()
         self._common = Tenant("", -1)
         self.rebuild()
@@ -145,7 +146,8 @@ class Backlog:
         self.by_model.clear()
         self.ages.clear()
         self.timers = Timers()
-        self._largest = state.cluster.largest_gpu_bytes
+        self._cards = sorted(state.cluster.cards)
+        self._topology = state.cluster.topology
         for pod in state.pods.values():
             pod.warm, pod.offered, pod.check_at = None, -1, NEVER
             pod.look_at_devices()
@@ -307,8 +309,10 @@ class Backlog:
     def wake_by_changes(self) -> None:
         """Wake the lines for which nodes that changed since the last call may have room."""
         cluster = self.state.cluster
-        if cluster.largest_gpu_bytes != self._largest:
-            self.rebuild()
+        if cluster.topology != self._topology:
+            self._topology = cluster.topology
+            if sorted(cluster.cards) != self._cards:
+                self.rebuild()
         whole = self._epoch != cluster.epoch
         changed = cluster.changes if whole else cluster.changes[self._cursor :]
         if not changed and not whole:
@@ -359,21 +363,24 @@ class Backlog:
         """Return what the task asks for."""
         spec = task.spec
         demand, slots = spec.demand, spec.slots
-        if demand.gpus:
-            if task.alone:
-                memory = max(demand.gpu_memory_bytes, min(task.memory_floor, self._largest or task.memory_floor))
-                demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
-            elif self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None:
-                predicted = task.estimate.gpu_memory_bytes
-                if predicted:
-                    memory = rounded_up(predicted)
-                    demand = replace(demand, gpu_memory_bytes=min(memory, self._largest or memory))
+        if demand.gpus and task.alone:
+            memory = self._at_most_a_card(max(demand.gpu_memory_bytes, task.memory_floor), demand)
+            demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
+        elif demand.gpus and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None:
+            predicted = task.estimate.gpu_memory_bytes
+            if predicted:
+                demand = replace(demand, gpu_memory_bytes=self._at_most_a_card(rounded_up(predicted), demand))
         key = (spec.method, spec.model, slots, demand)
         shape = self.shapes.get(key)
         if shape is None:
             kind = self._kind(spec.method, spec.model, slots, demand)
             shape = self.shapes[key] = Shape(kind, demand.gpu_memory_bytes, demand, slots)
         return shape
+
+    def _at_most_a_card(self, memory_bytes: int, demand: Demand) -> int:
+        """Cap memory that was predicted or learned at the largest card; what the customer asked for stays."""
+        largest = self.state.cluster.largest_card(demand.gpu_models)
+        return min(memory_bytes, largest) if largest else memory_bytes
 
     def fit(self, demand: Demand, empty: bool = False) -> Fit:
         """Return where a demand fits."""

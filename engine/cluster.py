@@ -44,7 +44,8 @@ class Cluster:
         self.by_name: dict[str, Node] = {}
         self.columns: dict[str, int] = {name: i for i, name in enumerate(BASE_COLUMNS)}
         self.models: dict[str, int] = {}
-        self.largest_gpu_bytes = 0
+        self.cards: dict[tuple[str, int], int] = {}
+        """(GPU model, memory) -> how many the nodes have, lost ones included."""
         self.changes: list[int] = []
         self.epoch = 0
         """Grows when `changes` was cut: every cursor into it is void then."""
@@ -80,6 +81,10 @@ class Cluster:
             self._write_totals(node)
             self.put(node)
         self._cut_log()
+
+    def fit_width(self, gpus: int) -> None:
+        """Make the arrays wide enough for a node with this many devices."""
+        self._grow(len(self.nodes), len(self.columns), gpus)
 
     def _cut_log(self) -> None:
         self.changes.clear()
@@ -118,6 +123,8 @@ class Cluster:
             self.column(name)
         old = self.totals(node.spec)
         node.free += [0] * (self.free.shape[1] - len(node.free))
+        self._count_cards(node.spec.gpus, -1)
+        self._count_cards(spec.gpus, 1)
         node.spec = spec
         for column, total in enumerate(self.totals(spec)):
             node.free[column] += total - old[column]
@@ -126,6 +133,19 @@ class Cluster:
         self._write_totals(node)
         self.topology += 1
         self.put(node)
+
+    def _count_cards(self, gpus: Sequence[GpuSpec], sign: int) -> None:
+        for gpu in gpus:
+            key = (gpu.model, gpu.memory_bytes)
+            count = self.cards.get(key, 0) + sign
+            if count:
+                self.cards[key] = count
+            else:
+                del self.cards[key]
+
+    def largest_card(self, models: Sequence[str]) -> int:
+        """Return the memory of the largest GPU among these models (none: all models), in bytes; 0 when there is none."""
+        return max((size for model, size in self.cards if not models or model in models), default=0)
 
     def totals(self, spec: NodeSpec) -> list[int]:
         """Return the amounts of a node's description by column."""
@@ -154,7 +174,6 @@ class Cluster:
                 gpu.model = spec.model
                 gpu.healthy = spec.healthy
                 gpu.present = True
-            self.largest_gpu_bytes = max(self.largest_gpu_bytes, spec.memory_bytes)
         for gpu in [
             g for g in node.gpus if not g.present and g.share_free == WHOLE_GPU and g.memory_free == g.memory_bytes
         ]:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from engine.cluster import Cluster
 from engine.entities import Node
 from engine.levels.scorers import Scorer
-from engine.resources import Demand
+from engine.resources import WHOLE_GPU, Demand, GpuSpec
 
 
 class Fit:
@@ -107,21 +107,35 @@ class Fit:
         self.scores = np.where(good, scores, -1)
 
 
-def possible(cluster: Cluster, demand: Demand) -> bool:
-    """Tell whether any known node could ever hold the demand, were it empty, up and well."""
-    n = len(cluster)
-    good = np.ones(n, dtype=np.bool_)
-    for column, amount in cluster.amounts(demand):
-        good &= cluster.total[:n, column] >= amount
-    if not demand.gpus:
-        return bool(good.any())
-    for row in np.flatnonzero(good):
-        have = 0
-        for gpu in cluster.nodes[row].spec.gpus:
-            if gpu.memory_bytes >= demand.gpu_memory_bytes and (
-                not demand.gpu_models or gpu.model in demand.gpu_models
-            ):
-                have += 1
-        if have >= demand.gpus:
+def possible(cluster: Cluster, demand: Demand, members: int = 1, together: bool = False) -> bool:
+    """Tell whether the known nodes could ever hold this many Pods of a demand, were they empty, up and well.
+
+    With `together` one node must hold them all.
+    """
+    amounts = cluster.amounts(demand)
+    have = 0
+    for node in cluster.nodes:
+        totals = cluster.totals(node.spec)
+        count = min((totals[column] // amount for column, amount in amounts), default=members)
+        if demand.gpus and count:
+            count = min(count, _gpu_places(node.spec.gpus, demand, members))
+        have = max(have, count) if together else have + count
+        if have >= members:
             return True
     return False
+
+
+def _gpu_places(gpus: tuple[GpuSpec, ...], demand: Demand, most: int) -> int:
+    """Return how many Pods (at most `most`) the empty devices of a node hold, each Pod on `gpus` different ones."""
+    places = []
+    for gpu in gpus:
+        if gpu.memory_bytes < demand.gpu_memory_bytes or (demand.gpu_models and gpu.model not in demand.gpu_models):
+            continue
+        by_memory = most
+        if demand.gpu_share < WHOLE_GPU and demand.gpu_memory_bytes:
+            by_memory = gpu.memory_bytes // demand.gpu_memory_bytes
+        places.append(min(most, WHOLE_GPU // demand.gpu_share, by_memory))
+    count = most
+    while count and sum(min(place, count) for place in places) < count * demand.gpus:
+        count -= 1
+    return count

@@ -105,6 +105,7 @@ def tenant_configured(state: State, now: Micros, e: ev.TenantConfigured) -> None
 
 def model_deployed(state: State, now: Micros, e: ev.ModelDeployed) -> None:
     """Warm Pods are wanted for a model."""
+    state.deployed += 1
     state.deployments[e.method, e.model] = Deployment(e.model, e.method, e.demand, e.slots, e.pods)
 
 
@@ -112,6 +113,8 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
     """No warm Pod is kept for a model; those that are idle go in time."""
     if state.deployments.pop((e.method, e.model), None) is None:
         state.ignore(e)
+    else:
+        state.deployed += 1
 
 
 def drain_requested(state: State, now: Micros, e: ev.NodeDrainRequested) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine import snapshot
 from engine.backlog import Backlog
 from engine.commands import Command
 from engine.errors import InvalidEvent
@@ -74,6 +75,10 @@ class Engine:
         reactions.work_off(turn)
         self.wakeup_at = self._next_wakeup(turn.more)
         return turn.commands
+
+    def snapshot(self) -> bytes:
+        """Return the state as bytes, for `replay.recover`."""
+        return snapshot.take(self.state)
 
     def why(self, req_no: str) -> tuple[Blocker, ...]:
         """Return everything that keeps a task from running; empty when nothing does (it runs, or it is over)."""

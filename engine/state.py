@@ -99,6 +99,9 @@ class State:
         self.outcomes: dict[str, int] = {}
         """Terminal tasks so far, by state; rejected ones by reason as well."""
         self.pending = 0
+        """Admitted tasks in PENDING or BACKOFF."""
+        self.deployed = 0
+        """Grows when a deployment changes."""
         self.agenda: list[tuple[int, object]] = []
         self.watch: Watch = Unwatched()
 

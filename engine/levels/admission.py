@@ -6,7 +6,7 @@ from engine.entities import Task
 from engine.fit import possible
 from engine.reasons import Reason
 from engine.resources import WHOLE_GPU, Demand
-from engine.tasks import TaskSpec, TaskState
+from engine.tasks import Affinity, TaskSpec, TaskState
 from engine.turn import Turn
 
 
@@ -42,17 +42,19 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
             Reason.TENANT_PENDING_QUOTA,
             f"tenant {tenant.name!r} has {tenant.pending} tasks waiting, its limit is {tenant.max_pending}; try again later",
         )
-    if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, spec.demand):
-        return Reason.IMPOSSIBLE, f"demand: no known node could ever hold it: {describe(spec.demand)}; ask for less"
+    if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, spec):
+        return Reason.IMPOSSIBLE, f"demand: the known nodes could never hold it: {describe(spec.demand)}; ask for less"
     return None
 
 
-def _possible(turn: Turn, demand: Demand) -> bool:
+def _possible(turn: Turn, spec: TaskSpec) -> bool:
     cache = turn.backlog.possible
-    known = cache.get(demand)
+    together = spec.members > 1 and bool(spec.group) and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE)
+    key = (spec.demand, spec.members, together)
+    known = cache.get(key)
     topology = turn.state.cluster.topology
     if known is None or known[0] != topology:
-        known = cache[demand] = (topology, possible(turn.state.cluster, demand))
+        known = cache[key] = (topology, possible(turn.state.cluster, spec.demand, spec.members, together))
     return known[1]
 
 

@@ -86,7 +86,7 @@ def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
         return False
     grants = pick_gpus(node, shape.demand)
     assert grants is not None
-    create_pod(turn, task, node, grants, shape)
+    create_pod(turn, task, node, grants, shape.demand)
     return True
 
 
@@ -150,9 +150,9 @@ def reclaim(turn: Turn) -> bool:
     return made
 
 
-def _version(turn: Turn) -> tuple[int, int]:
+def _version(turn: Turn) -> tuple[int, int, int]:
     cluster = turn.state.cluster
-    return turn.backlog.idle_version, cluster.version
+    return turn.backlog.idle_version, cluster.version, turn.state.deployed
 
 
 def claim_room(turn: Turn, task: Task, line: RoomLine) -> bool:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from engine.backlog import Shape
 from engine.commands import CreatePod, Notify
 from engine.entities import Node, Task
-from engine.resources import GpuGrant
+from engine.resources import Demand, GpuGrant
 from engine.tasks import TaskState
 from engine.turn import Turn
 
 
 def create_pod(
-    turn: Turn, task: Task, node: Node, grants: tuple[GpuGrant, ...], shape: Shape, rank: int = 0, attempt: int = 0
+    turn: Turn, task: Task, node: Node, grants: tuple[GpuGrant, ...], demand: Demand, rank: int = 0, attempt: int = 0
 ) -> None:
-    """Order a Pod for a task."""
+    """Order a Pod for a task (or one member of it), and tell that the task is bound."""
     spec = task.spec
+    number = turn.state.next_pod
+    slots = 1 if task.alone and demand.gpus else spec.slots
+    attempt = attempt or task.attempt + 1
     turn.order(
-        CreatePod(
-            turn.state.next_pod,
-            node.name,
-            spec.method,
-            spec.model,
-            grants,
-            shape.demand,
-            shape.slots,
-            task.req_no,
-            attempt or task.attempt + 1,
-            rank,
-        )
+        CreatePod(number, node.name, spec.method, spec.model, grants, demand, slots, spec.req_no, attempt, rank)
     )
     if rank == 0:
-        turn.order(Notify(task.req_no, TaskState.BOUND, task.attempt, "", "", "", node.name, turn.now))
+        turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", node.name, turn.now))

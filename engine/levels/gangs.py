@@ -30,7 +30,7 @@ def place_gang(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> bool:
             )
         )
     for rank, (node, grants) in enumerate(places, start=len(warm)):
-        create_pod(turn, task, node, grants, shape, rank, attempt)
+        create_pod(turn, task, node, grants, shape.demand, rank, attempt)
     return True
 
 

@@ -140,7 +140,7 @@ def _roomy(turn: Turn, claim: Claim) -> None:
     if not claim_holds(claim):
         turn.tell(task, TaskState.PENDING, Reason.NODE_DOWN)
         return
-    create_pod(turn, task, claim.node, claim.grants, turn.backlog.shape_of(task))
+    create_pod(turn, task, claim.node, claim.grants, claim.demand)
 
 
 def claim_holds(claim: Claim) -> bool:
