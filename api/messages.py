@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_BYTES = 256 * 1024
@@ -131,7 +132,7 @@ def decode(raw: bytes) -> Message:
 def encode(header: Mapping[str, Any], method: str, parameters: Mapping[str, Any]) -> bytes:
     """Write a message; equal input gives equal bytes."""
     tree = {"header": dict(header), "body": {"method": method, "parameters": dict(parameters)}}
-    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return msgspec.json.encode(tree)
 
 
 def encode_request(

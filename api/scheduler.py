@@ -31,6 +31,7 @@ from api.state_dir import StateDir
 from api.store import Store
 from api.support import SupportService
 from api.support_http import create_support_app
+from engine import profiles
 from engine.events import TenantConfigured
 from engine.journal import Record
 from engine.limits import Limits

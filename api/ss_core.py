@@ -63,12 +63,12 @@ class SupportCore:
         self.board = Board()
         self.fold = JobFold(store.live_jobs(), store.job_by_task, (journal.epoch << 32) + 1)
         self.payloads = StorePayloads(self.fold.live, store.job_by_task, store.model)
-        self.on_durable: Callable[[], None] = lambda: None
-        """Called after each commit; the world acknowledges its nodes' reports then."""
         self._post: Callable[[Event], None] | None = None
         self._intake_lock = threading.Lock()
-        self._posted: dict[tuple[str, str], tuple[str, Delivery]] = {}
-        """Requests given to the engine and not durable yet: (task id, delivery) by (tenant, reqNo)."""
+        self._posted: dict[tuple[str, str], tuple[str, dict[str, Delivery]]] = {}
+        """Requests given to the engine and not durable yet: task id and newest delivery of each message, by (tenant, reqNo)."""
+        self._names: dict[str, tuple[str, str]] = {}
+        """The same requests by task id."""
         self._folded = Folded()
         self._free_checked_at = 0.0
         self._disk_low = False
@@ -136,7 +136,6 @@ class SupportCore:
 
     def published(self) -> None:
         """Tell everybody what the last step meant; it is durable now."""
-        self.on_durable()
         folded, self._folded = self._folded, Folded()
         if not folded.empty:
             self._announce(folded)
@@ -145,9 +144,10 @@ class SupportCore:
         self.board.publish(folded.changes)
         deliveries = []
         for job in folded.new:
+            self._names.pop(job.task_id, None)
             posted = self._posted.pop(job.key, None)
             if posted is not None:
-                deliveries.append(posted[1])
+                deliveries.extend(posted[1].values())
         for outcome in folded.outcomes:
             self.counters[outcome.kind] += 1
         if deliveries or folded.outcomes:
@@ -173,8 +173,9 @@ class SupportCore:
         tenant, req_no = key = (message.header.tenant, message.req_no)
         posted = self._posted.get(key)
         if posted is not None:
-            # Its lease ran out before the step was durable: from now on this delivery is the one to acknowledge.
-            self._posted[key] = (posted[0], delivery)
+            # The same request in a second message, or its lease ran out before the step was durable: acknowledge it as well.
+            self.counters["duplicate"] += delivery.message_id not in posted[1]
+            posted[1][delivery.message_id] = delivery
             return
         if self.store.known(tenant, req_no, delivery.message_id):
             self.counters["duplicate"] += 1
@@ -198,7 +199,8 @@ class SupportCore:
                 request.job.header,
             )
         self.counters["accepted"] += 1
-        self._posted[key] = (request.job.task_id, delivery)
+        self._names[request.job.task_id] = key
+        self._posted[key] = (request.job.task_id, {delivery.message_id: delivery})
         self._give(request)
 
     def _give(self, request: Request) -> None:
@@ -219,8 +221,7 @@ class SupportCore:
 
     def _task_id(self, tenant: str, req_no: str) -> str:
         """Return the engine's name of a request; two tenants that chose the same reqNo are told apart."""
-        others = any(name == req_no for name, _ in self._posted.values())
-        if not others and self.store.job_by_task(req_no) is None:
+        if req_no not in self._names and self.store.job_by_task(req_no) is None:
             return req_no
         return f"{req_no}.{hashlib.sha256(tenant.encode()).hexdigest()[:12]}"
 

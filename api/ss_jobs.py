@@ -55,6 +55,8 @@ class Job:
     n: int = 0
     """Its place in the order of arrival; 0 until stored."""
     last_event: int = 0
+    quota: str = "reserved"
+    """Its place in the tenant's quota: reserved, used, released."""
 
     @property
     def key(self) -> tuple[str, str]:

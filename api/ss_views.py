@@ -25,9 +25,9 @@ def job_event(change: Change) -> JobEvent:
     )
 
 
-def stored_event(row: tuple[int, str, float, str, str, dict[str, Any]], job: Job) -> JobEvent:
+def stored_event(row: tuple[int, str, float, int, dict[str, Any]], job: Job) -> JobEvent:
     """Return a stored change: what changed then, over what never changes."""
-    event_id, kind, at, _, _, changed = row
+    event_id, kind, at, _, changed = row
     view = {**view_of(job), **changed}
     if changed["state"] != job.state:
         view["result"] = None

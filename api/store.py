@@ -6,23 +6,25 @@ never wait for a writer. A result and a cancel compete for one `outcome` row: wh
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from api.ss_jobs import TERMINAL, Folded, Job, Model, Outcome
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS job(
-  n INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, req_no TEXT NOT NULL, task_id TEXT NOT NULL UNIQUE,
-  message_id TEXT NOT NULL, header TEXT NOT NULL, "group" TEXT NOT NULL, task_type TEXT NOT NULL, method TEXT NOT NULL,
-  model TEXT NOT NULL, priority INTEGER NOT NULL, parameters TEXT NOT NULL, submitted_at REAL NOT NULL, state TEXT NOT NULL,
+  n INTEGER PRIMARY KEY, tenant TEXT NOT NULL, req_no TEXT NOT NULL, task_id TEXT NOT NULL UNIQUE,
+  message_id TEXT NOT NULL, header BLOB NOT NULL, "group" TEXT NOT NULL, task_type TEXT NOT NULL, method TEXT NOT NULL,
+  model TEXT NOT NULL, priority INTEGER NOT NULL, parameters BLOB NOT NULL, submitted_at REAL NOT NULL, state TEXT NOT NULL,
   attempt INTEGER NOT NULL, node TEXT NOT NULL, progress_done INTEGER NOT NULL, progress_total INTEGER NOT NULL,
-  started_at REAL, finished_at REAL, reason TEXT NOT NULL, detail TEXT NOT NULL, result TEXT, rerun INTEGER NOT NULL,
-  last_event INTEGER NOT NULL, UNIQUE(tenant, req_no));
+  started_at REAL, finished_at REAL, reason TEXT NOT NULL, detail TEXT NOT NULL, result BLOB, rerun INTEGER NOT NULL,
+  last_event INTEGER NOT NULL, quota TEXT NOT NULL, UNIQUE(tenant, req_no));
+CREATE INDEX IF NOT EXISTS job_quota ON job(tenant) WHERE quota = 'reserved';
 CREATE INDEX IF NOT EXISTS job_state ON job(state, n);
 CREATE INDEX IF NOT EXISTS job_tenant ON job(tenant, n);
 CREATE TABLE IF NOT EXISTS outcome(
@@ -33,25 +35,21 @@ CREATE TABLE IF NOT EXISTS outbox(
   priority INTEGER NOT NULL, body BLOB NOT NULL, sent INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS outbox_unsent ON outbox(n) WHERE sent = 0;
 CREATE INDEX IF NOT EXISTS outbox_request ON outbox(tenant, req_no, n);
-CREATE TABLE IF NOT EXISTS inbox(
-  msg_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, req_no TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS inbox(msg_id TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS job_event(
-  event_id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, req_no TEXT NOT NULL, kind TEXT NOT NULL, at REAL NOT NULL,
-  change TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS job_event_job ON job_event(tenant, req_no, event_id);
+  event_id INTEGER PRIMARY KEY, n INTEGER NOT NULL, kind TEXT NOT NULL, at REAL NOT NULL, change BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS job_event_job ON job_event(n, event_id);
 CREATE TABLE IF NOT EXISTS model(
   model_id TEXT PRIMARY KEY, kind TEXT NOT NULL, base TEXT NOT NULL, tenant TEXT NOT NULL, created_at REAL NOT NULL,
-  source_req_no TEXT NOT NULL, deployed_pods INTEGER NOT NULL, files TEXT NOT NULL, metadata TEXT NOT NULL,
+  source_req_no TEXT NOT NULL, deployed_pods INTEGER NOT NULL, files BLOB NOT NULL, metadata BLOB NOT NULL,
   manifest BLOB NOT NULL, deleted INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS model_source ON model(source_req_no);
 CREATE TABLE IF NOT EXISTS compensation(
-  key TEXT PRIMARY KEY, tenant TEXT NOT NULL, req_no TEXT NOT NULL, action TEXT NOT NULL, at REAL NOT NULL, answer TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS quota(
-  tenant TEXT NOT NULL, req_no TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY(tenant, req_no)) WITHOUT ROWID;
+  key TEXT PRIMARY KEY, tenant TEXT NOT NULL, req_no TEXT NOT NULL, action TEXT NOT NULL, at REAL NOT NULL, answer BLOB NOT NULL);
 """
 _JOB_COLUMNS = (
     'task_id, tenant, req_no, header, task_type, method, parameters, submitted_at, "group", model, priority, message_id, state,'
-    " attempt, node, progress_done, progress_total, started_at, finished_at, reason, detail, result, rerun, n, last_event"
+    " attempt, node, progress_done, progress_total, started_at, finished_at, reason, detail, result, rerun, n, last_event, quota"
 )
 _CHANGING = (
     "state",
@@ -75,6 +73,7 @@ class Store:
     def __init__(self, path: Path | str, *, max_events: int = 1_000_000) -> None:
         self._max_events = max_events
         self._writes = 0
+        self._next_n = 0
         self._lock = threading.RLock()
         self._read = sqlite3.connect(Path(path), timeout=10.0, isolation_level=None, check_same_thread=False)
         self._read.executescript(_SCHEMA)
@@ -88,36 +87,27 @@ class Store:
 
     def write_folded(self, db: sqlite3.Connection, folded: Folded) -> None:
         """Write what a step meant."""
-        for job in folded.new:
-            self._write_new(db, job)
+        self._write_new(db, folded.new)
         for job in folded.reopened:
             db.execute("DELETE FROM outcome WHERE tenant = ? AND req_no = ? AND kind = 'dead'", job.key)
-            db.execute("UPDATE quota SET state = 'reserved' WHERE tenant = ? AND req_no = ?", job.key)
+            job.quota = "reserved"
+        won = self._win_outcomes(db, folded.outcomes)
+        fresh = {job.n for job in folded.new}
         lasting = [change for change in folded.changes if change.durable]
-        changed = {change.job.task_id: change.job for change in lasting}
+        changed = {change.job.n: change.job for change in lasting}
         db.executemany(
-            "UPDATE job SET state=?, attempt=?, node=?, progress_done=?, progress_total=?, started_at=?, finished_at=?, reason=?,"
-            " detail=?, rerun=?, last_event=?, result=? WHERE n=?",
-            [
-                (
-                    *(getattr(job, name) for name in _CHANGING),
-                    job.rerun,
-                    job.last_event,
-                    _json_or_none(job.result),
-                    job.n,
-                )
-                for job in changed.values()
-            ],
+            f"UPDATE job SET {', '.join(f'{name}=?' for name in _CHANGING)}, result=?, rerun=?, last_event=?, quota=? WHERE n=?",  # noqa: S608
+            [(*_changing(job), *_rest(job), n) for n, job in changed.items() if n not in fresh],
         )
         db.executemany(
-            "INSERT INTO job_event(event_id, tenant, req_no, kind, at, change) VALUES(?,?,?,?,?,?)",
+            "INSERT INTO job_event(event_id, n, kind, at, change) VALUES(?,?,?,?,?)",
             [
                 (
                     change.event_id,
-                    *change.job.key,
+                    change.job.n,
                     change.kind,
                     change.at,
-                    _json({name: change.view[name] for name in _CHANGING}),
+                    _json([change.view[name] for name in _CHANGING]),
                 )
                 for change in lasting
             ],
@@ -126,46 +116,53 @@ class Store:
             self.write_model(db, model)
         for model_id, pods in folded.deployments:
             db.execute("UPDATE model SET deployed_pods = ? WHERE model_id = ?", (pods, model_id))
-        for outcome in folded.outcomes:
-            self._write_outcome(db, outcome)
+        db.executemany(
+            "INSERT OR IGNORE INTO outbox(tenant, req_no, message_id, priority, body) VALUES(?,?,?,?,?)",
+            [(*outcome.job.key, outcome.message_id, outcome.job.priority, outcome.body) for outcome in won],
+        )
         self._writes += 1
         if self._writes % 1000 == 0:
-            db.execute(
-                "DELETE FROM job_event WHERE event_id IN (SELECT event_id FROM job_event ORDER BY event_id DESC"
-                " LIMIT 10000 OFFSET ?)",
-                (self._max_events,),
-            )
+            oldest = "SELECT event_id FROM job_event ORDER BY event_id DESC LIMIT 10000 OFFSET ?"
+            db.execute(f"DELETE FROM job_event WHERE event_id IN ({oldest})", (self._max_events,))  # noqa: S608
 
-    def _write_new(self, db: sqlite3.Connection, job: Job) -> None:
-        job.n = (
-            db.execute(
-                "INSERT INTO job(task_id, tenant, req_no, header, task_type, method, parameters, submitted_at, \"group\", model,"
-                " priority, message_id, state, attempt, node, progress_done, progress_total, started_at, finished_at, reason,"
-                " detail, rerun, last_event) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (
-                    job.task_id, job.tenant, job.req_no, _json(job.header), job.task_type, job.method, _json(job.parameters),
-                    job.submitted_at, job.group, job.model, job.priority, job.message_id,
-                    *(getattr(job, name) for name in _CHANGING), job.rerun, job.last_event,
-                ),
-            ).lastrowid
-            or 0
-        )  # fmt: skip
-        db.execute(
-            "INSERT OR REPLACE INTO inbox VALUES(?,?,?,?)", (job.message_id, job.tenant, job.req_no, job.submitted_at)
-        )
-        db.execute("INSERT OR REPLACE INTO quota VALUES(?,?,'reserved')", job.key)
-
-    def _write_outcome(self, db: sqlite3.Connection, outcome: Outcome) -> None:
-        """Take the outcome row if it is free, and only then announce the result."""
-        job = outcome.job
-        row = (*job.key, outcome.attempt, outcome.kind, outcome.sha, job.finished_at)
-        if not db.execute("INSERT OR IGNORE INTO outcome VALUES(?,?,?,?,?,?)", row).rowcount:
+    def _write_new(self, db: sqlite3.Connection, jobs: Sequence[Job]) -> None:
+        """Add jobs as they are now, after all of the step."""
+        if not jobs:
             return
-        db.execute(
-            "INSERT OR IGNORE INTO outbox(tenant, req_no, message_id, priority, body) VALUES(?,?,?,?,?)",
-            (*job.key, outcome.message_id, job.priority, outcome.body),
+        if self._next_n == 0:
+            self._next_n = db.execute("SELECT coalesce(max(n), 0) + 1 FROM job").fetchone()[0]
+        for job in jobs:
+            job.n = self._next_n
+            self._next_n += 1
+            if job.terminal:
+                job.quota = _QUOTA_AFTER[job.state]
+        db.executemany(
+            "INSERT INTO job(n, task_id, tenant, req_no, message_id, header, \"group\", task_type, method, model, priority,"
+            f" parameters, submitted_at, {', '.join(_CHANGING)}, result, rerun, last_event, quota)"
+            f" VALUES({','.join('?' * (17 + len(_CHANGING)))})",
+            [
+                (
+                    job.n, job.task_id, job.tenant, job.req_no, job.message_id, _json(job.header), job.group, job.task_type,
+                    job.method, job.model, job.priority, _json(job.parameters), job.submitted_at, *_changing(job), *_rest(job),
+                )
+                for job in jobs
+            ],
+        )  # fmt: skip
+        db.executemany(
+            "INSERT OR IGNORE INTO inbox(msg_id, n) VALUES(?,?)",
+            [(f"{job.tenant} {job.message_id}", job.n) for job in jobs],
         )
-        db.execute("UPDATE quota SET state = ? WHERE tenant = ? AND req_no = ?", (_QUOTA_AFTER[outcome.kind], *job.key))
+
+    def _win_outcomes(self, db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Take the outcome rows that are free; only those outcomes are announced."""
+        won = []
+        for outcome in outcomes:
+            job = outcome.job
+            row = (*job.key, outcome.attempt, outcome.kind, outcome.sha, job.finished_at)
+            if db.execute("INSERT OR IGNORE INTO outcome VALUES(?,?,?,?,?,?)", row).rowcount:
+                job.quota = _QUOTA_AFTER[outcome.kind]
+                won.append(outcome)
+        return won
 
     def write_model(self, db: sqlite3.Connection, model: Model) -> None:
         """Add a model; a known one stays as it is."""
@@ -205,12 +202,8 @@ class Store:
 
     def write_quota_released(self, db: sqlite3.Connection, key: tuple[str, str]) -> bool:
         """Give a reservation back; False when there was none left."""
-        return (
-            db.execute(
-                "UPDATE quota SET state = 'released' WHERE tenant = ? AND req_no = ? AND state = 'reserved'", key
-            ).rowcount
-            > 0
-        )
+        query = "UPDATE job SET quota = 'released' WHERE tenant = ? AND req_no = ? AND quota = 'reserved'"
+        return db.execute(query, key).rowcount > 0
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -235,8 +228,8 @@ class Store:
         """Tell whether a request, or this very message, was taken in before."""
         return bool(
             self._rows(
-                "SELECT 1 FROM job WHERE tenant = ? AND req_no = ? UNION ALL SELECT 1 FROM inbox WHERE msg_id = ? AND tenant = ?",
-                (tenant, req_no, message_id, tenant),
+                "SELECT 1 FROM job WHERE tenant = ? AND req_no = ? UNION ALL SELECT 1 FROM inbox WHERE msg_id = ?",
+                (tenant, req_no, f"{tenant} {message_id}"),
             )
         )
 
@@ -265,8 +258,8 @@ class Store:
 
     def events(
         self, tenant: str, req_no: str, after: int, limit: int
-    ) -> list[tuple[int, str, float, str, str, dict[str, Any]]]:
-        """Return stored changes after an event id as (event_id, kind, at, tenant, req_no, changed fields), oldest first."""
+    ) -> list[tuple[int, str, float, int, dict[str, Any]]]:
+        """Return stored changes after an event id as (event_id, kind, at, job number, changed fields), oldest first."""
         wheres, values = (
             ["event_id > ?"],
             [after, *(value for value in ("" if tenant == "*" else tenant, req_no) if value)],
@@ -276,11 +269,19 @@ class Store:
         if req_no:
             wheres.append("req_no = ?")
         rows = self._rows(
-            f"SELECT event_id, kind, at, tenant, req_no, change FROM job_event WHERE {' AND '.join(wheres)}"  # noqa: S608
+            f"SELECT event_id, kind, at, n, change FROM job_event JOIN job USING(n) WHERE {' AND '.join(wheres)}"  # noqa: S608
             " ORDER BY event_id LIMIT ?",
             (*values, limit),
         )
-        return [(row[0], row[1], row[2], row[3], row[4], json.loads(row[5])) for row in rows]
+        return [
+            (row[0], row[1], row[2], row[3], dict(zip(_CHANGING, msgspec.json.decode(row[4]), strict=True)))
+            for row in rows
+        ]
+
+    def job_by_number(self, n: int) -> Job | None:
+        """Return a job by its place in the order of arrival."""
+        rows = self._rows(f"SELECT {_JOB_COLUMNS} FROM job WHERE n = ?", (n,))  # noqa: S608
+        return _job(rows[0]) if rows else None
 
     def outcome(self, tenant: str, req_no: str) -> tuple[str, int, str] | None:
         """Return (kind, attempt, sha) of an ended request."""
@@ -332,11 +333,11 @@ class Store:
     def compensation(self, key: str) -> tuple[str, str, str, dict[str, Any]] | None:
         """Return (tenant, req_no, action, answer) recorded under a key."""
         rows = self._rows("SELECT tenant, req_no, action, answer FROM compensation WHERE key = ?", (key,))
-        return (rows[0][0], rows[0][1], rows[0][2], json.loads(rows[0][3])) if rows else None
+        return (rows[0][0], rows[0][1], rows[0][2], msgspec.json.decode(rows[0][3])) if rows else None
 
     def quota_reserved(self, tenant: str) -> int:
         """Return how many of a tenant's requests hold a reservation."""
-        return int(self._rows("SELECT count(*) FROM quota WHERE tenant = ? AND state = 'reserved'", (tenant,))[0][0])
+        return int(self._rows("SELECT count(*) FROM job WHERE tenant = ? AND quota = 'reserved'", (tenant,))[0][0])
 
     def counts_by_state(self) -> dict[str, dict[str, int]]:
         """Return ``{tenant: {state: number}}`` of the jobs that have not ended."""
@@ -350,22 +351,44 @@ class Store:
 
 def _job(row: tuple[Any, ...]) -> Job:
     values = list(row)
-    values[3] = json.loads(values[3])
-    values[6] = json.loads(values[6])
-    values[21] = json.loads(values[21]) if values[21] else None
+    values[3] = msgspec.json.decode(values[3])
+    values[6] = msgspec.json.decode(values[6])
+    values[21] = msgspec.json.decode(values[21]) if values[21] else None
     return Job(*values)
 
 
 def _model(row: tuple[Any, ...]) -> Model:
     model_id, kind, base, tenant, created_at, source, pods, files, metadata, manifest = row
     return Model(
-        model_id, kind, base, tenant, created_at, source, pods, json.loads(files), json.loads(metadata), manifest
+        model_id,
+        kind,
+        base,
+        tenant,
+        created_at,
+        source,
+        pods,
+        msgspec.json.decode(files),
+        msgspec.json.decode(metadata),
+        manifest,
     )
 
 
-def _json(tree: Any) -> str:
-    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False)
+_json = msgspec.json.encode
 
 
-def _json_or_none(tree: Any) -> str | None:
-    return None if tree is None else _json(tree)
+def _changing(job: Job) -> tuple[Any, ...]:
+    return (
+        job.state,
+        job.attempt,
+        job.node,
+        job.progress_done,
+        job.progress_total,
+        job.started_at,
+        job.finished_at,
+        job.reason,
+        job.detail,
+    )
+
+
+def _rest(job: Job) -> tuple[Any, ...]:
+    return None if job.result is None else _json(job.result), job.rerun, job.last_event, job.quota

@@ -171,13 +171,12 @@ class SupportService:
         """Return the stored changes after an event id; without an id, one job's whole life and of all jobs nothing."""
         if not req_no and after <= 0:
             return []
-        jobs: dict[tuple[str, str], Job | None] = {}
+        jobs: dict[int, Job | None] = {}
         events = []
         for row in self._core.store.events(tenant, req_no, after, 10_000):
-            key = (row[3], row[4])
-            if key not in jobs:
-                jobs[key] = self._core.store.job(*key)
-            job = jobs[key]
+            if row[3] not in jobs:
+                jobs[row[3]] = self._core.store.job_by_number(row[3])
+            job = jobs[row[3]]
             if job is not None:
                 events.append(ss_views.stored_event(row, job))
         return events
