@@ -142,7 +142,7 @@ class SupportCore:
 
     def _announce(self, folded: Folded) -> None:
         self.board.publish(folded.changes)
-        deliveries = []
+        deliveries: list[Delivery] = []
         for job in folded.new:
             self._names.pop(job.task_id, None)
             posted = self._posted.pop(job.key, None)
