@@ -251,16 +251,20 @@ class _Parent:
         """Report a Pod as dead once nothing of it lives: neither its group nor a process that left the group and was orphaned."""
         for pod, (group, status, since) in list(self._dead.items()):
             kill_group(group)
-            for pid in set(children()) - set(self._groups.values()):
+            for pid in self._orphans():
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
             self._reap()
-            if not group_exists(group) or time.monotonic() - since > GROUP_GONE_LIMIT_S:
+            gone = not group_exists(group) and not self._orphans()
+            if gone or time.monotonic() - since > GROUP_GONE_LIMIT_S:
                 del self._dead[pod]
                 if tell:
                     self._tell({"op": "dead", "pod": pod, "status": os.waitstatus_to_exitcode(status)})
+
+    def _orphans(self) -> set[int]:
+        return set(children()) - set(self._groups.values())
 
     def _tell(self, report: Mapping[str, Any]) -> None:
         try:

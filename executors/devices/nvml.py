@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class NvmlPlugin:
     """The NVIDIA GPUs of this machine.
 
     While the driver fails, the GPUs last seen stay listed as not healthy: their Pods may still run, new ones must not be placed.
-    A GPU is gone when a working driver does not list it. MIG slices are not offered.
+    A GPU is gone when a working driver does not list it. MIG slices are not offered. May be asked from several threads.
     """
 
     def __init__(
@@ -46,10 +47,15 @@ class NvmlPlugin:
         self._tried_at: float | None = None
         self._seen_in_kernel: frozenset[str] = frozenset()
         self._known: dict[str, GpuSpec] = {}
+        self._lock = threading.Lock()
         self.error = ""
 
     def devices(self) -> tuple[GpuSpec, ...]:
         """Return the GPUs in the order of the PCI bus, as NVML lists them."""
+        with self._lock:
+            return self._devices()
+
+    def _devices(self) -> tuple[GpuSpec, ...]:
         if self._library is None:
             try:
                 self._library = importlib.import_module("pynvml")
@@ -68,6 +74,10 @@ class NvmlPlugin:
 
     def use(self) -> tuple[DeviceUse, ...]:
         """Return the use of each GPU that answers."""
+        with self._lock:
+            return self._use()
+
+    def _use(self) -> tuple[DeviceUse, ...]:
         if not self._opened:
             return ()
         uses: list[DeviceUse] = []
@@ -90,7 +100,11 @@ class NvmlPlugin:
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
 
     def close(self) -> None:
-        """Close NVML."""
+        """Close NVML; it is opened again by the next call."""
+        with self._lock:
+            self._shut()
+
+    def _shut(self) -> None:
         if self._opened:
             self._opened = False
             try:
@@ -106,7 +120,7 @@ class NvmlPlugin:
         recent = self._tried_at is not None and now - self._tried_at < REOPEN_PERIOD_S
         if not changed and (recent or (self._opened and in_kernel)):
             return self._opened
-        self.close()
+        self._shut()
         self._seen_in_kernel = in_kernel
         self._tried_at = now
         try:
@@ -119,7 +133,7 @@ class NvmlPlugin:
         return True
 
     def _fail(self, error: Exception) -> None:
-        self.close()
+        self._shut()
         self._tried_at = self._clock()
         self.error = f"NVML fails: {error}"
 
