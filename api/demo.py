@@ -150,6 +150,7 @@ def _play(
                 "steps": steps,
             },
             group="emblems",
+            affinity="strict",
         )
         for wish in wanted:
             if not wish.personal:
@@ -321,11 +322,11 @@ def contact_sheet(subject: Sequence[Path], wanted: Sequence[Wish], to: Path) -> 
 
     figure = Figure(figsize=(11, 8.5), dpi=110)
     axes = figure.subplots(3, 4)
-    cells = [(path, "given: the new subject") for path in subject]
-    cells += [(wish.pictures[0], f"{wish.title}: {wish.prompt}") for wish in wanted]
+    cells = [(path, "given\nthe new subject") for path in subject]
+    cells += [(wish.pictures[0], f"{wish.title}\n{wish.prompt}") for wish in wanted]
     for axis, (path, title) in zip(axes.flat, cells, strict=True):
         axis.imshow(Image.open(path).resize((256, 256), Image.Resampling.NEAREST))
-        axis.set_title(title, fontsize=8, wrap=True)
+        axis.set_title(title, fontsize=8)
         axis.set_axis_off()
     figure.tight_layout()
     buffer = BytesIO()

@@ -197,3 +197,13 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
         prefetch=host.models.prefetch,
     )
     serve(options, plugin, host)
+
+
+def run_scheduler(settings: Settings) -> int:
+    """Run SS and the scheduler; returns 0 when told to end, 1 when storage or the world failed."""
+    from api.monitoring.logs import configure_logging
+    from api.scheduler import run_scheduler as serve
+    from api.scheduler import scheduler_config
+
+    configure_logging("sm", level=settings.log_level)
+    return serve(scheduler_config(settings))

@@ -84,7 +84,7 @@ def scheduler(config: Config = None, state_dir: StateDir = None) -> None:
     """Run the support service (SS) and the scheduler (SM)."""
     from api.parts import run_scheduler
 
-    run_scheduler(_settings(config, state_dir))
+    raise typer.Exit(run_scheduler(_settings(config, state_dir)))
 
 
 def agent(

@@ -14,28 +14,37 @@ from api.cli.output import Exit, fail, out, print_json
 def replay(
     journal: Annotated[Path, typer.Argument(help="A scheduler's journal.db.")],
     profile: Annotated[str, typer.Option(help="Decide with this profile: a name, or a TOML file.")] = "aigc",
+    from_start: Annotated[bool, typer.Option(help="Begin with the first step instead of the newest snapshot.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Feed a journal's events to the engine again and compare its commands with the recorded ones.
+    """Feed a journal's events to the engine again and compare its orders with the recorded ones.
 
     Exit code 0: the same decisions. Exit code 1: a difference, which is printed with the step it happened in.
+
+    Example: `aigc replay aigc-state/journal.db --from-start`
     """
+    try:
+        from api.journal import JournalCorrupt, read_journal
+    except ImportError:
+        fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
+    from engine import profiles
+    from engine.replay import replay as decide_again
+
     if not journal.is_file():
         fail(f"{journal} does not exist; give the path of a journal.db", Exit.UNREACHABLE)
-    from api.journal import read_journal
-    from engine import profiles
-    from engine.journal import replay as again
-
+    path = Path(profile)
     try:
-        path = Path(profile)
         wanted = profiles.load(path.read_text() if path.suffix == ".toml" and path.is_file() else profile)
-        snapshot, records = read_journal(journal)
-        report = again(records, wanted, snapshot=snapshot)
-    except (ValueError, OSError) as error:
+        snapshot, records = read_journal(journal, from_start=from_start)
+    except (ValueError, OSError, JournalCorrupt) as error:
         fail(str(error), Exit.USAGE)
+    report = decide_again(records, wanted, snapshot)
     if as_json:
-        print_json(report.to_json())
+        difference = None if report.difference is None else str(report.difference)
+        print_json({"steps": report.steps, "orders": report.orders, "same": report.same, "difference": difference})
+    elif report.same:
+        out.print(f"{report.steps} steps, {report.orders} orders: decided as recorded")
     else:
-        out.print(str(report), markup=False)
-    if report.difference is not None:
+        out.print(str(report.difference), markup=False, soft_wrap=True)
+    if not report.same:
         raise typer.Exit(int(Exit.FAILED))

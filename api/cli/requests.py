@@ -96,11 +96,11 @@ def submit(
     model: str = "",
     priority: int = 0,
     group: str = "",
+    affinity: str = "",
 ) -> dict[str, Any]:
     """Submit a job and return the gateway's answer."""
     body = {"task_type": task_type, "method": method, "parameters": parameters, "priority": priority, "group": group}
-    if model:
-        body["model"] = model
+    body |= {name: value for name, value in {"model": model, "affinity": affinity}.items() if value}
     job: dict[str, Any] = client.request("POST", "/v1/jobs", json=body)
     return job
 
