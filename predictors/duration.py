@@ -40,6 +40,8 @@ _MEMORIES: tuple[tuple[str, float, float], ...] = (
 _ELASTICITY_START = 0.5
 """Before anything is learned, run time grows with the square root of pictures, steps and pixels."""
 _FLOOR_S = 1e-3
+_NEWNESS = 0.45
+"""A model's first request errs by e to this more than others: new models differ more from each other than one from itself."""
 _CLIP = 12.0
 """Standardised residuals are cut here, six times the usual spread: one freak must not stretch every tail."""
 
@@ -99,7 +101,7 @@ class DurationModel:
         self.settings = settings = settings or DurationSettings()
         self.ladder = Ladder(settings.ladder_memory_s, settings.strength, settings.cells)
         self._residual_means = [DecayedMeans(memory_s, settings.cells) for _, memory_s, _ in _MEMORIES]
-        start = [0.0, *[_ELASTICITY_START] * 3, *[0.2] * len(_MEMORIES), 0.0, 0.0]
+        start = [0.0, *[_ELASTICITY_START] * 3, *[0.2] * len(_MEMORIES), 0.0, 0.0, 0.0, 0.0]
         self.correction = RecursiveLeastSquares(start, ridge=1.0, forgetting=settings.forgetting)
         self.spread = RecursiveLeastSquares([-1.5, 0, 0, 0, 0, 0, 0], ridge=4.0, forgetting=settings.forgetting)
         self.pool = ResidualPool(settings.pool)
@@ -126,6 +128,9 @@ class DurationModel:
         values = [1.0, *distance]
         for (name, _, strength), table in zip(_MEMORIES, self._residual_means, strict=True):
             values.append(table.shrunk(keys[name], now_s, 0.0, strength))
+        # How recently the model ran: one that went cold is loaded anew.
+        values.append(math.log1p(self._residual_means[6].weight(request.model, now_s)) - 1.0)
+        values.append(math.log1p(self._residual_means[7].weight(request.model, now_s)) - 0.5)
         values += request.load
         row = np.array(values)
         user = keys["user"]
@@ -146,7 +151,7 @@ class DurationModel:
             ladder_mean=ladder_mean,
             declared_mean=declared_mean,
             centre=self.level.level + base + self.correction.predict(row),
-            scale=math.exp(min(0.3, max(-6.0, self.spread.predict(scale_row)))),
+            scale=math.exp(min(0.3, max(-6.0, self.spread.predict(scale_row) + _NEWNESS / (1.0 + weights[1])))),
             row=row,
             scale_row=scale_row,
             model_weight=weights[1],

@@ -212,7 +212,7 @@ def _times(
 ) -> tuple[Micros, tuple[Micros, ...]]:
     centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool
     if elapsed_us <= 0:
-        times = [_micros(centre + scale * pool.quantile(level)) for level in LEVELS]
+        times = [_micros(centre + scale * z) for z in pool.quantiles(LEVELS)]
         return min(LONGEST_US, int(math.exp(min(centre, 40.0)) * pool.smear(scale) * SECOND)), tuple(times)
     gone = (math.log(elapsed_us / SECOND) - centre) / scale
     times = [max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in LEVELS]

@@ -96,6 +96,7 @@ class ReportCard:
     still_running: tuple[StillRunning, ...]
     failures: Failures
     predict_us: float
+    """Median over all calls, reading the features and all quantiles included; so is the next."""
     observe_us: float
 
     def to_json(self) -> dict[str, Any]:
@@ -110,11 +111,11 @@ class ReportCard:
         lines = [
             f"{self.rows} rows; succeeded: first {self.trained} train, last {self.scored} are scored, cut at {self.cut}",
             "",
-            f"{'predictor':36}{'MAPE%':>7}{'MedAPE%':>9}{'MAE s':>7}{'logRMSE':>9}{'R2':>7}{'Spearman':>10}{'SJF gain%':>11}",
+            f"{'predictor':41}{'MAPE%':>7}{'MedAPE%':>9}{'MAE s':>7}{'logRMSE':>9}{'R2':>7}{'Spearman':>10}{'SJF gain%':>11}",
         ]
         for name, s in self.points:
             lines.append(
-                f"{name:36}{s.mape:7.1f}{s.medape:9.1f}{s.mae_s:7.2f}{s.log_rmse:9.3f}{s.r2:7.3f}{s.spearman:10.3f}{s.sjf_gain:11.1f}"
+                f"{name:41}{s.mape:7.1f}{s.medape:9.1f}{s.mae_s:7.2f}{s.log_rmse:9.3f}{s.r2:7.3f}{s.spearman:10.3f}{s.sjf_gain:11.1f}"
             )
         c = self.calibration
         lines += [
@@ -136,7 +137,7 @@ class ReportCard:
         f = self.failures
         lines += [
             f"failure: {f.failed} of {f.requests}, AUC {f.auc:.2f}, Brier {f.brier:.4f} (base rate {f.brier_base_rate:.4f})",
-            f"one predict {self.predict_us:.0f} us ({len(LEVELS)} quantiles), one observe {self.observe_us:.0f} us",
+            f"one predict {self.predict_us:.0f} us ({len(LEVELS)} quantiles), one observe {self.observe_us:.0f} us (medians)",
         ]
         return "\n".join(lines)
 
@@ -177,8 +178,8 @@ def report(rows: Sequence[Row], progress: Progress | None = None, train_share: f
         cold_start=_cold_start(replay.seen),
         still_running=_still_running(truth_s, scored),
         failures=_failures(replay),
-        predict_us=replay.predict_s / max(1, len(replay.seen)) * 1e6,
-        observe_us=replay.observe_s / max(1, replay.observed) * 1e6,
+        predict_us=float(np.median(replay.predict_s)) * 1e6,
+        observe_us=float(np.median(replay.observe_s)) * 1e6,
     )
 
 
@@ -211,9 +212,8 @@ class _Replay:
     def __init__(self, score_from_us: int) -> None:
         self.predictor = Predictor()
         self.seen: list[_Seen] = []
-        self.predict_s = 0.0
-        self.observe_s = 0.0
-        self.observed = 0
+        self.predict_s: list[float] = []
+        self.observe_s: list[float] = []
         self.score_from_us = score_from_us
         self._running: list[tuple[int, int, Row, Prediction]] = []
         self._in_flight: dict[str, int] = {}
@@ -232,7 +232,7 @@ class _Replay:
         features: dict[str, Feature] = {**row.features(), **in_flight}
         begun = time.perf_counter()
         prediction = self.predictor.predict(features, row.submitted_us)
-        self.predict_s += time.perf_counter() - begun
+        self.predict_s.append(time.perf_counter() - begun)
         scored = row.submitted_us >= self.score_from_us
         self.seen.append(
             _Seen(
@@ -263,8 +263,7 @@ class _Replay:
             outcome = Outcome.FINISHED if row.status == SUCCEED else Outcome.FAILED
             begun = time.perf_counter()
             self.predictor.observe(prediction.request, ended_us, row.run_us, outcome, prediction=prediction)
-            self.observe_s += time.perf_counter() - begun
-            self.observed += 1
+            self.observe_s.append(time.perf_counter() - begun)
             self._in_flight[row.model] -= 1
             if outcome is Outcome.FINISHED:
                 self._finished[row.model] = self._finished.get(row.model, 0) + 1

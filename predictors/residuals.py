@@ -25,7 +25,7 @@ class ResidualPool:
     Beyond the extreme residuals the tail goes on exponentially with the mean excess of the outer twentieth.
     """
 
-    __slots__ = ("_grid", "_grid_age", "_order", "_pseudo", "_sorted", "limit")
+    __slots__ = ("_grid", "_grid_age", "_latest", "_order", "_pseudo", "_sorted", "limit")
 
     def __init__(self, limit: int = 2000) -> None:
         if limit < PSEUDO:
@@ -39,6 +39,7 @@ class ResidualPool:
         self._pseudo = PSEUDO
         self._grid: NDArray[np.float64] | None = None
         self._grid_age = 0
+        self._latest: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -54,6 +55,7 @@ class ResidualPool:
             oldest = self._order.popleft()
             del self._sorted[bisect_left(self._sorted, oldest)]
             self._pseudo = max(0, self._pseudo - 1)
+        self._latest = ((), ())
         self._order.append(residual)
         insort(self._sorted, residual)
         self._grid_age += 1
@@ -71,6 +73,12 @@ class ResidualPool:
             return values[0] - self._excess(low=True) * max(0.0, -math.log((count + 1) * level))
         low = int(place)
         return min(values[low + 1], values[low] + (place - low) * (values[low + 1] - values[low]))
+
+    def quantiles(self, levels: tuple[float, ...]) -> tuple[float, ...]:
+        """Return `quantile` at several levels; asked again before the next `add`, they are at hand."""
+        if self._latest[0] != levels:
+            self._latest = (levels, tuple(self.quantile(level) for level in levels))
+        return self._latest[1]
 
     def below(self, residual: float) -> float:
         """Return the share of residuals below one: the inverse of `quantile`, in (0, 1)."""
@@ -109,6 +117,7 @@ class ResidualPool:
         self._order = deque(order)
         self._sorted = sorted(self._order)
         self._pseudo = pseudo
+        self._latest = ((), ())
         self._grid = None if grid is None else np.array(grid)
         self._grid_age = grid_age
 

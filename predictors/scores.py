@@ -32,7 +32,7 @@ class PointScores:
 
 
 def point_scores(truth_s: Series, predicted_s: Series, mean_s: Series | None = None) -> PointScores:
-    """Score predicted against true seconds; R2 is taken of ``mean_s``, which is what minimises squares, where it is given."""
+    """Score predicted against true seconds; R2 and SJF gain are those of ``mean_s`` where it is given: means minimise squares and order queues."""
     relative = np.abs(predicted_s - truth_s) / truth_s
     best = predicted_s if mean_s is None else mean_s
     return PointScores(
@@ -42,7 +42,7 @@ def point_scores(truth_s: Series, predicted_s: Series, mean_s: Series | None = N
         log_rmse=float(np.sqrt(np.square(np.log(predicted_s / truth_s)).mean())),
         r2=1.0 - float(np.square(best - truth_s).sum() / np.square(truth_s - truth_s.mean()).sum()),
         spearman=spearman(truth_s, predicted_s),
-        sjf_gain=100 * sjf_gain(truth_s, predicted_s),
+        sjf_gain=100 * sjf_gain(truth_s, best),
     )
 
 
