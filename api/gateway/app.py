@@ -60,7 +60,6 @@ def create_app(
             yield
         finally:
             await watch.stop()
-            records.close()
 
     app = FastAPI(
         title="AIGC platform",

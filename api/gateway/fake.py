@@ -10,13 +10,20 @@ import asyncio
 import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fastapi.testclient import TestClient
 from PIL import Image
 
+from api.gateway.app import create_app
+from api.gateway.config import GatewayConfig
+from api.gateway.keys import KeyStore
 from api.messages import decode
+from api.monitoring.logs import LogRing, configure_logging
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
 from api.ss_queue import Outgoing
+from executors.dfs import open_store
 from executors.ports import FileStore
 
 TERMINAL = ("finished", "cancelled", "rejected", "dead")
@@ -254,3 +261,32 @@ class SupportFake:
     async def health(self) -> Mapping[str, Any]:
         """Return health."""
         return {"ready": self.ready, "modules": {"scheduler": {"ok": self.ready, "detail": "secret detail"}}}
+
+
+class GatewayFake:
+    """A whole gateway over the fake, with the keys of two tenants and of an operator."""
+
+    def __init__(self, directory: Path, *, auto: bool = False, **settings: Any) -> None:
+        self.store = open_store("memory://")
+        self.support = SupportFake(self.store, auto=auto)
+        self.keys = KeyStore(directory / "keys.sqlite", b"k" * 32)
+        self.logs = LogRing()
+        configure_logging("gateway", stream=io.StringIO(), ring=self.logs, standard_library=False)
+        given = {"signing_secrets": ("s" * 40,), "watch_s": 0.0, "poll_s": 0.01, **settings}
+        self.config = GatewayConfig.model_validate({"state_dir": directory, **given})
+        self.app = create_app(self.config, self.support, self.support, self.store, self.keys, logs=self.logs)
+        self.client = TestClient(self.app)
+        self.ana, self.bob = self.key("ana"), self.key("bob")
+        self.ops = {"Authorization": f"Bearer {self.keys.create('ops', 'operator')[0]}"}
+
+    def key(self, tenant: str) -> dict[str, str]:
+        """Return the headers of a fresh key of a tenant."""
+        return {"Authorization": f"Bearer {self.keys.create(tenant)[0]}"}
+
+    def submit(self, **more: Any) -> dict[str, Any]:
+        """Submit a job as the tenant ana."""
+        answer = self.client.post(
+            "/v1/jobs", json={"method": "sleep", "parameters": {"seconds": 1}, **more}, headers=self.ana
+        )
+        answer.raise_for_status()
+        return dict(answer.json())

@@ -129,22 +129,22 @@ async def _made_by(parts: Gateway, scope: str, req_no: str, file_id: str) -> boo
     return any(isinstance(file, dict) and file.get("file_id") == file_id for file in files)
 
 
-@router.api_route(
-    "/files/signed/{file_id}",
-    methods=["GET", "HEAD"],
-    response_class=Response,
-    responses={
+_SIGNED: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
         200: {"description": "The file.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
-        206: {
-            "description": "A part of the file.",
-            "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}},
-        },
+        206: {"description": "A part of it.", "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}},
         304: {"description": "The reader's copy is good."},
         **declared(416),
     },
-    summary="Read a file by a signed link",
-    openapi_extra={"security": []},
+    "openapi_extra": {"security": []},
+}
+
+
+@router.get(
+    "/files/signed/{file_id}", operation_id="read_signed_file", summary="Read a file by a signed link", **_SIGNED
 )
+@router.head("/files/signed/{file_id}", operation_id="head_signed_file", summary="Look at a signed link", **_SIGNED)
 async def signed_file(
     file_id: FileId,
     request: Request,

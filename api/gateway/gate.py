@@ -195,7 +195,7 @@ class Gate:
                 raise Refused(415, "unsupported_media_type", "Send the pictures as multipart/form-data, field `file`.")
             return _counted(receive, limit)
         body = await _read(receive, limit)
-        if scope["method"] in ("POST", "PUT", "PATCH") and body:
+        if scope["method"] == "POST" and body:
             media_type = _media_type(scope)
             if media_type != "application/json" and not (
                 media_type.startswith("application/") and media_type.endswith("+json")

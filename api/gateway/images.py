@@ -9,13 +9,16 @@ import asyncio
 import base64
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import structlog
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.gateway import image_stream, sse
 from api.gateway.context import FILE_ID, AnyCaller, Gateway, GatewayParts
+from api.gateway.fields import Number, Whole
 from api.gateway.jobs import IdempotencyKey
 from api.gateway.keys import Caller
 from api.gateway.problems import Refused, declared, no_retry
@@ -35,28 +38,28 @@ class ImagesRequest(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=2000)
     model: str | None = Field(default=None, max_length=200)
-    n: int | None = Field(default=1, ge=1, le=10)
+    n: Whole | None = Field(default=1, ge=1, le=10)
     size: str | None = Field(default=None, description="WIDTHxHEIGHT in multiples of 8, or auto for the model's own.")
     quality: str | None = Field(default=None, description="Accepted; use steps instead.")
     style: str | None = Field(default=None, description="Accepted; say it in the prompt.")
     output_format: Literal["png"] | None = None
-    output_compression: int | None = Field(default=None, ge=0, le=100, description="Accepted; PNG is lossless.")
+    output_compression: Whole | None = Field(default=None, ge=0, le=100, description="Accepted; PNG is lossless.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     response_format: Literal["url", "b64_json"] | None = Field(default=None, description="Default: b64_json.")
-    stream: Literal[False] | None = Field(default=None, description="Streams are served by /v1/jobs/{req_no}/events.")
-    partial_images: Literal[0] | None = None
+    stream: bool | None = Field(default=None, strict=True, description="Server-sent events instead of one answer.")
+    partial_images: Whole | None = Field(default=None, ge=0, le=3, description="Accepted; none are sent.")
     user: str | None = Field(default=None, max_length=256)
     negative_prompt: str | None = None
-    seed: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
+    seed: Whole | None = None
+    steps: Whole | None = None
+    guidance: Number | None = None
     scheduler: str | None = None
-    adapter_scale: float | None = None
-    priority: int = Field(default=0, ge=-1000, le=1000)
+    adapter_scale: Number | None = None
+    priority: Whole = Field(default=0, ge=-1000, le=1000)
     group: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._:@/-]*$")
-    deadline_s: float | None = Field(default=None, gt=0, le=30 * 86_400)
-    timeout_s: float | None = Field(default=None, gt=0, le=3600, description="Wait this long at most, then cancel.")
+    deadline_s: Number | None = Field(default=None, gt=0, le=30 * 86_400)
+    timeout_s: Number | None = Field(default=None, gt=0, le=3600, description="Wait this long at most, then cancel.")
 
 
 class Picture(BaseModel):
@@ -86,7 +89,10 @@ class ImagesResponse(BaseModel):
     "/images/generations",
     response_model=ImagesResponse,
     response_model_exclude_none=True,
-    responses=declared(409, 504, 507),
+    responses={
+        **declared(409, 504, 507),
+        200: {"description": "The pictures.", "content": sse.EVENT_CONTENT},
+    },
     summary="Generate pictures and wait",
 )
 async def generate(
@@ -96,12 +102,20 @@ async def generate(
     known: AnyCaller,
     parts: GatewayParts,
     key: IdempotencyKey = "",
-) -> ImagesResponse:
+) -> ImagesResponse | Response:
     """Run a generation and answer with its pictures. Hanging up cancels it, as does waiting longer than the time-out (504)."""
     outcome = await parts.submissions.submit(known, job_request(body), key, source="images")
     req_no = outcome.view.req_no
-    response.headers["X-Job-Location"] = f"{parts.base_url(request)}/v1/jobs/{req_no}"
     limit_s = min(body.timeout_s or parts.config.sync_timeout_s, parts.config.sync_timeout_s)
+    location = {"X-Job-Location": f"{parts.base_url(request)}/v1/jobs/{req_no}"}
+    if body.stream:
+
+        async def completed(view: JobView) -> list[Mapping[str, Any]]:
+            return await _completed(parts, known, request, body, view)
+
+        source = image_stream.pictures(parts, known.scope, req_no, limit_s, completed, _failure)
+        return sse.stream(source, location)
+    response.headers.update(location)
     view = await _ended(parts, known, request, req_no, limit_s)
     if view.state != "finished":
         raise _failure(view)
@@ -200,6 +214,22 @@ async def _answer(
         model=view.model,
         metadata=metadata or {},
     )
+
+
+async def _completed(
+    parts: Gateway, known: Caller, request: Request, body: ImagesRequest, view: JobView
+) -> list[Mapping[str, Any]]:
+    """Return the fields of each picture's event."""
+    answer = await _answer(parts, known, request, body.model_copy(update={"response_format": "b64_json"}), view)
+    common = {
+        "created_at": answer.created,
+        "background": "opaque",
+        "output_format": "png",
+        "quality": body.quality or "auto",
+        "size": body.size or "auto",
+        "req_no": view.req_no,
+    }
+    return [{**common, "b64_json": one.b64_json, "file_id": one.file_id} for one in answer.data]
 
 
 def _content(parts: Gateway, file_id: str) -> bytes:

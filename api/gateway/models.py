@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway.context import AnyCaller, GatewayParts
+from api.gateway.fields import Whole
 from api.gateway.problems import declared
 from api.ports import ModelView
 
@@ -38,7 +39,7 @@ class Deployment(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    pods: int = Field(default=1, ge=1, le=1000)
+    pods: Whole = Field(default=1, ge=1, le=1000)
 
 
 @router.get("/models", response_model=Models, responses=declared(), summary="List models")

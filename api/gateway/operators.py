@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway import sse
 from api.gateway.context import Gateway, GatewayParts, OperatorCaller
+from api.gateway.fields import Number
 from api.gateway.problems import Refused, declared
 from api.monitoring.logs import LEVELS, LogLine
 from api.monitoring.metrics import CONTENT_TYPE
@@ -53,7 +54,7 @@ class NewKey(BaseModel):
     tenant: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")
     role: Literal["user", "operator"] = "user"
     label: str = Field(default="", max_length=200)
-    ttl_s: float | None = Field(default=None, gt=0, le=10 * 366 * 86_400)
+    ttl_s: Number | None = Field(default=None, gt=0, le=10 * 366 * 86_400)
 
 
 class Key(BaseModel):

@@ -147,6 +147,8 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(request) or headers.get("Allow", "GET")
         if isinstance(error, Refused):
             return problem_response(
                 request,
@@ -188,6 +190,12 @@ def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
     content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     common = (400, 401, 403, 404, 405, 413, 415, 422, 429, 500, 503)
     return {status: {"description": _title(status), "content": content} for status in (*common, *statuses)}
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods of all routes at this path; the framework names only those of the first."""
+    template = str(getattr(request.scope.get("route"), "path", ""))
+    return ", ".join(sorted(method.upper() for method in request.app.openapi()["paths"].get(template, {})))
 
 
 def _title(status: int) -> str:

@@ -14,12 +14,21 @@ from api.gateway.problems import Refused
 
 T = TypeVar("T")
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-DECLARED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "Server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+EVENT_CONTENT: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {
+                "data": {"type": "string", "description": "A JSON object."},
+                "event": {"type": "string"},
+                "id": {"type": "string"},
+                "retry": {"type": "integer", "minimum": 0},
+            },
+        }
     }
 }
+"""One event, as OpenAPI 3.2 describes streams of them."""
+DECLARED: dict[int | str, dict[str, Any]] = {200: {"description": "Server-sent events.", "content": EVENT_CONTENT}}
 
 
 def event(data: Mapping[str, Any] | str, *, kind: str = "", event_id: int | None = None) -> bytes:
@@ -84,6 +93,6 @@ def last_event_id(request: Request) -> int:
     return int(text)
 
 
-def stream(source: AsyncIterator[bytes]) -> StreamingResponse:
+def stream(source: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> StreamingResponse:
     """Return a response that streams events."""
-    return StreamingResponse(source, media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(source, media_type="text/event-stream", headers={**HEADERS, **(headers or {})})

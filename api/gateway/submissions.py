@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway.config import GatewayConfig
+from api.gateway.fields import Number, Whole
 from api.gateway.intake import Intake
 from api.gateway.keys import Caller
 from api.gateway.problems import FieldProblem, Refused, no_retry
@@ -45,11 +46,11 @@ class JobRequest(BaseModel):
     group: str = Field(
         default="", max_length=128, pattern=r"^[A-Za-z0-9._:@/-]*$", description="Jobs of one group go to one node."
     )
-    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher first; 100 and above is urgent.")
+    priority: Whole = Field(default=0, ge=-1000, le=1000, description="Higher first; 100 and above is urgent.")
     affinity: Literal["none", "preferred", "strict", "exclusive"] | None = Field(
         default=None, description="How the group is bound."
     )
-    deadline_s: float | None = Field(
+    deadline_s: Number | None = Field(
         default=None, gt=0, le=30 * 86_400, description="Start within this many seconds, or not at all."
     )
     task_type: Literal["TP", "GC"] | None = Field(

@@ -73,7 +73,12 @@ def redact(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> Mutabl
 
 
 def configure_logging(
-    module: str, *, level: str = "info", stream: TextIO | None = None, ring: LogRing | None = None
+    module: str,
+    *,
+    level: str = "info",
+    stream: TextIO | None = None,
+    ring: LogRing | None = None,
+    standard_library: bool = True,
 ) -> None:
     """Let structlog and the standard library's loggers write JSON lines to a stream (stderr) and into a ring."""
     if level not in LEVELS:
@@ -106,6 +111,8 @@ def configure_logging(
         logger_factory=structlog.WriteLoggerFactory(file=stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
+    if not standard_library:
+        return
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -7,39 +7,13 @@ import uuid
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 
-from api.gateway import GatewayConfig, KeyStore, create_app
-from api.gateway.fake import SupportFake
-from executors.dfs import open_store
-
-SECRET = "s" * 40
-
-
-class Gw:
-    """A gateway with two tenants and an operator."""
-
-    def __init__(self, directory: Path, **settings: object) -> None:
-        self.store = open_store("memory://")
-        self.support = SupportFake(self.store)
-        self.keys = KeyStore(directory / "keys.sqlite", b"k" * 32)
-        config = GatewayConfig(state_dir=directory, signing_secrets=(SECRET,), watch_s=0, **settings)
-        self.app = create_app(config, self.support, self.support, self.store, self.keys)
-        self.client = TestClient(self.app, raise_server_exceptions=True)
-        self.ana = {"Authorization": f"Bearer {self.keys.create('ana')[0]}"}
-        self.bob = {"Authorization": f"Bearer {self.keys.create('bob')[0]}"}
-        self.ops = {"Authorization": f"Bearer {self.keys.create('ops', 'operator')[0]}"}
-
-    def submit(self, **more: object) -> dict:
-        body = {"method": "sleep", "parameters": {"seconds": 1}, **more}
-        answer = self.client.post("/v1/jobs", json=body, headers=self.ana)
-        assert answer.status_code == 202, answer.text
-        return answer.json()
+from api.gateway.fake import GatewayFake
 
 
 @pytest.fixture
-def gw(tmp_path: Path) -> Gw:
-    return Gw(tmp_path)
+def gw(tmp_path: Path) -> GatewayFake:
+    return GatewayFake(tmp_path)
 
 
 def problem(answer, status: int, code: str) -> dict:
@@ -57,7 +31,7 @@ def events(text: str) -> list[dict]:
     return [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
 
 
-def test_a_submitted_job_is_on_the_queue_and_answered_with_its_location(gw: Gw) -> None:
+def test_a_submitted_job_is_on_the_queue_and_answered_with_its_location(gw: GatewayFake) -> None:
     answer = gw.client.post(
         "/v1/jobs",
         json={
@@ -83,7 +57,7 @@ def test_a_submitted_job_is_on_the_queue_and_answered_with_its_location(gw: Gw) 
     assert tree["header"]["deadline"] == pytest.approx(job["submitted_at"] + 60, abs=1)
 
 
-def test_a_job_is_seen_as_queued_until_its_message_is_read(gw: Gw) -> None:
+def test_a_job_is_seen_as_queued_until_its_message_is_read(gw: GatewayFake) -> None:
     gw.support.reading = False
     job = gw.submit()
     path = f"/v1/jobs/{job['req_no']}"
@@ -97,13 +71,13 @@ def test_a_job_is_seen_as_queued_until_its_message_is_read(gw: Gw) -> None:
 
 
 def test_a_cancel_of_a_job_that_is_never_read_says_so_instead_of_lying(tmp_path: Path) -> None:
-    gw = Gw(tmp_path, queued_wait_s=0.05, poll_s=0.01)
+    gw = GatewayFake(tmp_path, queued_wait_s=0.05, poll_s=0.01)
     gw.support.reading = False
     job = gw.submit()
     problem(gw.client.post(f"/v1/jobs/{job['req_no']}/cancel", headers=gw.ana), 503, "still_queued")
 
 
-def test_cancel_answers_the_final_state_and_is_idempotent(gw: Gw) -> None:
+def test_cancel_answers_the_final_state_and_is_idempotent(gw: GatewayFake) -> None:
     job = gw.submit()
     path = f"/v1/jobs/{job['req_no']}"
     assert gw.client.post(path + "/cancel", headers=gw.ana).json()["state"] == "cancelled"
@@ -113,7 +87,7 @@ def test_cancel_answers_the_final_state_and_is_idempotent(gw: Gw) -> None:
     assert gw.client.delete(f"/v1/jobs/{done['req_no']}", headers=gw.ana).json()["state"] == "finished"
 
 
-def test_the_same_idempotency_key_and_request_replay_the_answer(gw: Gw) -> None:
+def test_the_same_idempotency_key_and_request_replay_the_answer(gw: GatewayFake) -> None:
     body = {"method": "sleep", "parameters": {"seconds": 1}}
     first = gw.client.post("/v1/jobs", json=body, headers={**gw.ana, "Idempotency-Key": "k1"})
     again = gw.client.post("/v1/jobs", json=body, headers={**gw.ana, "Idempotency-Key": "k1"})
@@ -132,7 +106,7 @@ def test_the_same_idempotency_key_and_request_replay_the_answer(gw: Gw) -> None:
     assert others.json()["req_no"] != first.json()["req_no"]
 
 
-def test_submitting_a_req_no_twice_is_submitting_it_once(gw: Gw) -> None:
+def test_submitting_a_req_no_twice_is_submitting_it_once(gw: GatewayFake) -> None:
     req_no = str(uuid.uuid4())
     assert gw.submit(req_no=req_no)["req_no"] == req_no
     assert gw.submit(req_no=req_no)["req_no"] == req_no
@@ -143,7 +117,7 @@ def test_submitting_a_req_no_twice_is_submitting_it_once(gw: Gw) -> None:
     assert refused.headers["x-should-retry"] == "false"
 
 
-def test_a_job_that_the_queue_refuses_is_forgotten(gw: Gw) -> None:
+def test_a_job_that_the_queue_refuses_is_forgotten(gw: GatewayFake) -> None:
     req_no = str(uuid.uuid4())
     working = gw.support.put_many
 
@@ -158,7 +132,7 @@ def test_a_job_that_the_queue_refuses_is_forgotten(gw: Gw) -> None:
     assert gw.client.post("/v1/jobs", json=body, headers=gw.ana).status_code == 202
 
 
-def test_lists_go_page_by_page_newest_first(gw: Gw) -> None:
+def test_lists_go_page_by_page_newest_first(gw: GatewayFake) -> None:
     made = [gw.submit(group="a" if number % 2 else "b")["req_no"] for number in range(5)]
     first = gw.client.get("/v1/jobs", params={"limit": 2}, headers=gw.ana).json()
     assert [job["req_no"] for job in first["data"]] == [made[4], made[3]]
@@ -171,7 +145,7 @@ def test_lists_go_page_by_page_newest_first(gw: Gw) -> None:
     problem(gw.client.get("/v1/jobs", params={"limit": 101}, headers=gw.ana), 422, "validation_failed")
 
 
-def test_events_are_snapshots_with_ids_and_end_with_the_job(gw: Gw) -> None:
+def test_events_are_snapshots_with_ids_and_end_with_the_job(gw: GatewayFake) -> None:
     job = gw.submit()
     gw.support.move(job["req_no"], "running", node="node-1")
     gw.support.move(job["req_no"], "running", progress_done=3, progress_total=10)
@@ -189,7 +163,7 @@ def test_events_are_snapshots_with_ids_and_end_with_the_job(gw: Gw) -> None:
     problem(bad, 422, "validation_failed")
 
 
-def test_parameters_are_checked_before_the_queue_and_named(gw: Gw) -> None:
+def test_parameters_are_checked_before_the_queue_and_named(gw: GatewayFake) -> None:
     cases = [
         ({"method": "text_to_image", "parameters": {"prompt": "x", "steps": 0}}, "parameters.steps"),
         ({"method": "text_to_image", "parameters": {"prompt": "x", "wrong": 1}}, "parameters.wrong"),
@@ -211,13 +185,13 @@ def test_parameters_are_checked_before_the_queue_and_named(gw: Gw) -> None:
 
 
 def test_a_tenant_may_not_ask_for_more_urgency_than_its_policy_allows(tmp_path: Path) -> None:
-    gw = Gw(tmp_path, tenants={"ana": {"max_priority": 50}})
+    gw = GatewayFake(tmp_path, tenants={"ana": {"max_priority": 50}})
     body = {"method": "sleep", "parameters": {}, "priority": 51}
     problem(gw.client.post("/v1/jobs", json=body, headers=gw.ana), 403, "priority_not_allowed")
     assert gw.client.post("/v1/jobs", json=body, headers=gw.bob).status_code == 202
 
 
-def test_compensations_are_idempotent_by_key(gw: Gw) -> None:
+def test_compensations_are_idempotent_by_key(gw: GatewayFake) -> None:
     job = gw.submit()
     path = f"/v1/jobs/{job['req_no']}/compensations"
     problem(gw.client.post(path, json={"action": "rerun"}, headers=gw.ana), 409, "not_dead")
@@ -231,7 +205,7 @@ def test_compensations_are_idempotent_by_key(gw: Gw) -> None:
     problem(gw.client.post(path, json={"action": "explode"}, headers=gw.ana), 422, "validation_failed")
 
 
-def test_a_support_service_that_is_away_gives_503_and_writes_still_pass(gw: Gw) -> None:
+def test_a_support_service_that_is_away_gives_503_and_writes_still_pass(gw: GatewayFake) -> None:
     job = gw.submit()
 
     async def away(*_args, **_more):
