@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from engine.entities import Group, Pod, Task, Tenant
-from engine.fit import Fit
-from engine.lines import Line, account_of
+from engine.fit import Fit, places_on
+from engine.lines import Line, Parked, accounts_of
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
@@ -59,8 +59,8 @@ class WarmLine(Line):
 
     __slots__ = ("kind", "need")
 
-    def __init__(self, kind: Kind, need: int, node: int) -> None:
-        super().__init__(node)
+    def __init__(self, kind: Kind, need: int, node: int, parked: Parked, common: Tenant) -> None:
+        super().__init__(node, parked, common)
         self.kind = kind
         self.need = need
 
@@ -70,8 +70,8 @@ class RoomLine(Line):
 
     __slots__ = ("failed_at", "fit", "members")
 
-    def __init__(self, fit: Fit, node: int, members: int) -> None:
-        super().__init__(node)
+    def __init__(self, fit: Fit, node: int, members: int, parked: Parked, common: Tenant) -> None:
+        super().__init__(node, parked, common)
         self.fit = fit
         self.members = members
         self.failed_at: tuple[int, int, int] = (-1, -1, -1)
@@ -113,7 +113,7 @@ class Backlog:
         """Room lines of one node, by its row."""
         self.active: dict[Line, None] = {}
         """Lines that something may be free for."""
-        self.parked: dict[int, dict[Line, None]] = {}
+        self.parked: Parked = {}
         """Tenant -> lines in which tasks of it may be parked."""
         self.idle: dict[int, Pod] = {}
         self.idle_version = 0
@@ -172,23 +172,21 @@ class Backlog:
         """Put a task into its lines."""
         shape = self.shape_of(task)
         spec, group = task.spec, task.group
-        row, empty = -1, False
-        if group is not None and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
+        row, empty = self.where(task, shape)
+        if group is not None:
             group.waiting[task.req_no] = task
-            if group.node is not None:
-                row = group.node.index
-            else:
-                empty = spec.affinity is Affinity.EXCLUSIVE
         room = self._room_line(shape.demand, empty, row, spec.members)
         lines: tuple[Line, ...] = (room,)
         if self.profile.warm_reuse and not empty and spec.members == 1:
             warm = shape.kind.lines.get((shape.need, row))
             if warm is None:
-                warm = shape.kind.lines[shape.need, row] = WarmLine(shape.kind, shape.need, row)
+                warm = shape.kind.lines[shape.need, row] = WarmLine(
+                    shape.kind, shape.need, row, self.parked, self._common
+                )
             lines = (warm, room)
         ordering = self.profile.ordering
         band, key = ordering.rank(task, self.state.now)
-        accounts = account_of(task, ordering.fair_tenants, ordering.fair_groups, self._common)
+        accounts = accounts_of(task, ordering.fair_tenants, ordering.fair_groups, self._common)
         self._ticket += 1
         task.line_ticket = self._ticket
         task.lines = lines
@@ -197,8 +195,6 @@ class Backlog:
             if not line.active:
                 line.active = True
                 self.active[line] = None
-            if task.tenant.max_running:
-                self.parked.setdefault(task.tenant.seq, {})[line] = None
         if band and ordering.age_us:
             heappush(self.ages, (task.submitted_at + ordering.age_us, task.seq, self._ticket, task))
             if len(self.ages) > 1024 + 2 * self.state.pending:
@@ -213,23 +209,28 @@ class Backlog:
         for line in task.lines:
             line.live -= 1
         task.lines = ()
-        if task.group is not None and task.group.waiting:
+        if task.group is not None:
             task.group.waiting.pop(task.req_no, None)
+        if task.tenant.seq in self.parked:
+            self.tenant_changed(task.tenant)
 
     def regrouped(self, group: Group) -> None:
         """Move the waiting tasks of a group to the lines of its node, or back."""
         for task in list(group.waiting.values()):
-            self.leaves(task)
-            self.waits(task)
+            room = task.lines[-1]
+            if self.where(task, self.shape_of(task)) != (room.node, room.fit.empty):
+                self.leaves(task)
+                self.waits(task)
 
     def tenant_changed(self, tenant: Tenant) -> None:
         """Let tasks that waited for their tenant's quota be seen again."""
-        lines = self.parked.get(tenant.seq)
-        if lines and not (tenant.max_running and tenant.running >= tenant.max_running):
-            for line in lines:
-                if line.unpark(tenant):
+        if tenant.seq in self.parked and not (tenant.max_running and tenant.running >= tenant.max_running):
+            for line in list(self.parked[tenant.seq]):
+                if not line.unpark(tenant):
+                    del self.parked[tenant.seq][line]
+                if line.live:
                     self.wake(line)
-            if not tenant.max_running:
+            if not self.parked[tenant.seq]:
                 del self.parked[tenant.seq]
 
     def pod_changed(self, pod: Pod) -> None:
@@ -366,7 +367,9 @@ class Backlog:
         if demand.gpus and task.alone:
             memory = self._at_most_a_card(max(demand.gpu_memory_bytes, task.memory_floor), demand)
             demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
-        elif demand.gpus and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None:
+        elif (
+            demand.gpus and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None
+        ):
             predicted = task.estimate.gpu_memory_bytes
             if predicted:
                 demand = replace(demand, gpu_memory_bytes=self._at_most_a_card(rounded_up(predicted), demand))
@@ -395,6 +398,21 @@ class Backlog:
         if not self.by_model[key]:
             del self.by_model[key]
 
+    def where(self, task: Task, shape: Shape) -> tuple[int, bool]:
+        """Return the row of the only node that will do (-1: any), and whether the node must be empty.
+
+        A strict or exclusive group keeps its tasks on its node, unless that could never hold the task; then the group moves with it.
+        """
+        group = task.group
+        if group is None:
+            return -1, False
+        kind, node = task.spec.affinity, group.node
+        if node is not None and (kind in (Affinity.STRICT, Affinity.EXCLUSIVE) or node.exclusive is group):
+            members = task.spec.members
+            if places_on(self.state.cluster, node, shape.demand, members) >= members:
+                return node.index, False
+        return -1, kind is Affinity.EXCLUSIVE
+
     def _kind(self, method: str, model: str, slots: int, demand: Demand) -> Kind:
         key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
         kind = self.kinds.get(key)
@@ -406,7 +424,7 @@ class Backlog:
         key = (demand, empty, row, members)
         line = self.room_lines.get(key)
         if line is None:
-            line = self.room_lines[key] = RoomLine(self.fit(demand, empty), row, members)
+            line = self.room_lines[key] = RoomLine(self.fit(demand, empty), row, members, self.parked, self._common)
             if row >= 0:
                 self.bound.setdefault(row, {})[line] = None
         return line
@@ -414,6 +432,8 @@ class Backlog:
     def _drop_room_line(self, line: RoomLine) -> None:
         if line.active:
             self.sleep(line)
+        for lines in self.parked.values():
+            lines.pop(line, None)
         del self.room_lines[line.fit.demand, line.fit.empty, line.node, line.members]
         if line.node >= 0:
             del self.bound[line.node][line]

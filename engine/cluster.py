@@ -164,11 +164,11 @@ class Cluster:
         for gpu in node.gpus:
             gpu.present = False
         for spec in specs:
-            gpu = node.by_uuid.get(spec.uuid)
-            if gpu is None:
-                gpu = node.by_uuid[spec.uuid] = Gpu(spec)
-                node.gpus.append(gpu)
+            if spec.uuid not in node.by_uuid:
+                node.by_uuid[spec.uuid] = Gpu(spec)
+                node.gpus.append(node.by_uuid[spec.uuid])
             else:
+                gpu = node.by_uuid[spec.uuid]
                 gpu.memory_free += spec.memory_bytes - gpu.memory_bytes
                 gpu.memory_bytes = spec.memory_bytes
                 gpu.model = spec.model

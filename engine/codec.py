@@ -46,7 +46,9 @@ def decode(data: bytes) -> Event | Command:
 def check_version(version: object) -> None:
     """Refuse what another version wrote."""
     if version != VERSION:
-        raise CodecError(f"version {version!r} is unknown, this build reads version {VERSION}; use the build that wrote it")
+        raise CodecError(
+            f"version {version!r} is unknown, this build reads version {VERSION}; use the build that wrote it"
+        )
 
 
 def dumps(plain: Plain) -> bytes:

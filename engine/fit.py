@@ -112,17 +112,22 @@ def possible(cluster: Cluster, demand: Demand, members: int = 1, together: bool 
 
     With `together` one node must hold them all.
     """
-    amounts = cluster.amounts(demand)
     have = 0
     for node in cluster.nodes:
-        totals = cluster.totals(node.spec)
-        count = min((totals[column] // amount for column, amount in amounts), default=members)
-        if demand.gpus and count:
-            count = min(count, _gpu_places(node.spec.gpus, demand, members))
+        count = places_on(cluster, node, demand, members)
         have = max(have, count) if together else have + count
         if have >= members:
             return True
     return False
+
+
+def places_on(cluster: Cluster, node: Node, demand: Demand, most: int = 1) -> int:
+    """Return how many Pods of a demand, at most `most`, a node could ever hold."""
+    totals = cluster.totals(node.spec)
+    count = min((totals[column] // amount for column, amount in cluster.amounts(demand)), default=most)
+    if demand.gpus and count:
+        count = min(count, _gpu_places(node.spec.gpus, demand, most))
+    return min(count, most)
 
 
 def _gpu_places(gpus: tuple[GpuSpec, ...], demand: Demand, most: int) -> int:

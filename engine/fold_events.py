@@ -10,7 +10,6 @@ from engine import events as ev
 from engine.entities import Deployment, Gpu, Node, Pod, Task
 from engine.errors import InvalidEvent
 from engine.fold_tasks import (
-    count_pending,
     end_attempt,
     end_rank,
     fail,
@@ -148,6 +147,8 @@ def _touch(state: State, node: Node) -> None:
     for pod in node.pods.values():
         pod.look_at_devices()
         state.watch.pod_changed(pod)
+    for group in node.groups.values():
+        state.watch.regrouped(group)
     state.agenda.append((agenda.NODE_CHANGED, node))
 
 

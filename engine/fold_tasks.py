@@ -87,13 +87,21 @@ def bind_rank(state: State, task: Task, pod: Pod, rank: int) -> None:
     if pod.state is not PodState.CREATING:
         pod.state = next_pod_state(pod.state, PodCause.TAKE)
     state.watch.pod_changed(pod)
-    group = task.group
-    if group is not None and group.node is None and task.spec.affinity is not Affinity.NONE:
-        bind_group(state, group, pod.node, exclusive=task.spec.affinity is Affinity.EXCLUSIVE)
+    group, affinity = task.group, task.spec.affinity
+    if group is None or affinity is Affinity.NONE or group.node is pod.node:
+        return
+    if group.node is not None:
+        if affinity is Affinity.PREFERRED or rank > 0:
+            return
+        unbind_group(state, group)
+    bind_group(state, group, pod.node, exclusive=affinity is Affinity.EXCLUSIVE)
 
 
 def bind_group(state: State, group: Group, node: Node, exclusive: bool) -> None:
-    """Bind a group to a node, to which its tasks go from now on."""
+    """Bind a group to a node, to which its tasks go from now on; an exclusive group sends the others away."""
+    if exclusive:
+        for other in list(node.groups.values()):
+            unbind_group(state, other)
     group.node = node
     node.groups[group.seq] = group
     if exclusive and node.exclusive is None:

@@ -62,7 +62,10 @@ def _arrays(state: State) -> list[str]:
         if cluster.free[row, : len(node.free)].tolist() != node.free:
             wrong.append(f"node {node.name}: the array of free amounts differs")
         shares = [gpu.share_free if gpu.open else -1 for gpu in node.gpus]
-        if cluster.gpu_share[row, : len(shares)].tolist() != shares or (cluster.gpu_share[row, len(shares) :] != -1).any():
+        if (
+            cluster.gpu_share[row, : len(shares)].tolist() != shares
+            or (cluster.gpu_share[row, len(shares) :] != -1).any()
+        ):
             wrong.append(f"node {node.name}: the array of GPU shares differs")
         if bool(cluster.is_open[row]) != (node.up and not node.draining):
             wrong.append(f"node {node.name}: the array of open nodes differs")

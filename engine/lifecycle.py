@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 from engine.errors import InvariantViolated
 from engine.tasks import PodState, TaskState
@@ -107,10 +109,7 @@ def next_pod_state(state: PodState, cause: PodCause) -> PodState:
 def mermaid() -> str:
     """Draw both tables as Mermaid state diagrams."""
     lines: list[str] = []
-    tables: tuple[tuple[str, dict[str, dict[str, str]]], ...] = (
-        ("task", {s: {c: t for c, t in row.items()} for s, row in TASK_TABLE.items()}),
-        ("Pod", {s: {c: t for c, t in row.items()} for s, row in POD_TABLE.items()}),
-    )
+    tables: tuple[tuple[str, Mapping[Any, Mapping[Any, str]]], ...] = (("task", TASK_TABLE), ("Pod", POD_TABLE))
     for title, table in tables:
         lines += [f"The life of a {title}:", "", "```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(table))}"]
         for state, row in table.items():

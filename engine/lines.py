@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from heapq import heapify, heappop, heappush, heapreplace
 
-from engine.entities import Account, Group, Task, Tenant
+from engine.entities import Account, Task, Tenant
 
 Rank = tuple[int, int, int, int, int, int, int]
 """(band, tenant's virtual time, tenant, group's virtual time, group, key, sequence number): smaller is sooner."""
@@ -56,15 +56,24 @@ class _Tenants:
         return None
 
 
+Parked = dict[int, dict["Line", None]]
+"""Tenant -> lines in which tasks of it are parked."""
+
+
 class _Band:
-    """Tenants by virtual time; tasks of a tenant that is at its limit of running tasks are parked."""
+    """Tenants by virtual time; what belongs to a tenant at its limit of running tasks is parked.
 
-    __slots__ = ("by_tenant", "heap", "parked")
+    Where tenants share fairly, a tenant is parked as a whole; where they stand mixed, its tasks are parked one by one.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("by_tenant", "heap", "line", "parked_tasks", "parked_tenants")
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
         self.heap: list[tuple[int, int, _Tenants]] = []
         self.by_tenant: dict[int, _Tenants] = {}
-        self.parked: dict[int, list[tuple[_Tenants, _Groups, tuple[int, int, int, Task]]]] = {}
+        self.parked_tenants: dict[int, _Tenants] = {}
+        self.parked_tasks: dict[int, list[tuple[int, int, int, Task]]] = {}
 
     def push(
         self, task: Task, key: int, tenant: Account, tenant_seq: int, group: Account, group_seq: int, ticket: int
@@ -95,29 +104,49 @@ class _Band:
             waiting = first[2].tasks[0]
             tenant = waiting[3].tenant
             if tenant.max_running and tenant.running >= tenant.max_running:
-                heappop(first[2].tasks)
-                self.parked.setdefault(tenant.seq, []).append((tenants, first[2], waiting))
+                self._park(tenant, tenants, first[2])
                 continue
             return (band, entry[0], entry[1], first[0], first[1], waiting[0], waiting[1]), waiting[3]
         return None
 
-    def unpark(self, seq: int) -> bool:
-        parked = self.parked.pop(seq, ())
-        for tenants, groups, (key, _, ticket, task) in parked:
+    def _park(self, tenant: Tenant, tenants: _Tenants, groups: _Groups) -> None:
+        self.line.parked.setdefault(tenant.seq, {})[self.line] = None
+        if tenants.seq == tenant.seq:
+            heappop(self.heap)
+            self.parked_tenants[tenant.seq] = tenants
+        else:
+            heappush(self.parked_tasks.setdefault(tenant.seq, []), heappop(groups.tasks))
+
+    def unpark(self, tenant: Tenant) -> None:
+        tenants = self.parked_tenants.pop(tenant.seq, None)
+        if tenants is not None:
+            heappush(self.heap, (tenants.account.vtime, tenants.seq, tenants))
+        tasks = self.parked_tasks.get(tenant.seq, [])
+        room = tenant.max_running - tenant.running if tenant.max_running else len(tasks)
+        while tasks and room > 0:
+            key, _, ticket, task = heappop(tasks)
             if task.line_ticket == ticket:
-                self.push(task, key, tenants.account, tenants.seq, groups.account, groups.seq, ticket)
-        return bool(parked)
+                self.push(task, key, *self.line.common, *self.line.common, ticket)
+                room -= 1
+        if not tasks:
+            self.parked_tasks.pop(tenant.seq, None)
+
+    def holds(self, tenant: Tenant) -> bool:
+        return tenant.seq in self.parked_tenants or tenant.seq in self.parked_tasks
 
 
 class Line:
     """Tasks that wait for the same thing: a slot in a warm Pod of their kind, or room for a new Pod of their demand."""
 
-    __slots__ = ("active", "bands", "live", "node", "pushed")
+    __slots__ = ("active", "bands", "common", "live", "node", "parked", "pushed")
 
-    def __init__(self, node: int) -> None:
+    def __init__(self, node: int, parked: Parked, common: Tenant) -> None:
         self.node = node
         """The only node that will do (its row), or -1."""
-        self.bands: tuple[_Band, _Band] = (_Band(), _Band())
+        self.parked = parked
+        self.common = (common, -1)
+        """The account that ranks everyone where tenants or groups do not share fairly."""
+        self.bands: tuple[_Band, _Band] = (_Band(self), _Band(self))
         self.live = 0
         self.pushed = 0
         self.active = False
@@ -137,9 +166,10 @@ class Line:
         return self.bands[0].head(0) or self.bands[1].head(1)
 
     def unpark(self, tenant: Tenant) -> bool:
-        """Let a tenant's tasks be seen again; tell whether there were any."""
-        urgent = self.bands[0].unpark(tenant.seq)
-        return self.bands[1].unpark(tenant.seq) or urgent
+        """Let as many of a tenant's tasks be seen again as it may run; tell whether some stay parked."""
+        for band in self.bands:
+            band.unpark(tenant)
+        return any(band.holds(tenant) for band in self.bands)
 
     def _compact(self) -> None:
         """Drop the entries whose tickets are void, so that memory follows what waits, not what ever waited."""
@@ -152,11 +182,13 @@ class Line:
                     self.pushed += len(groups.tasks)
 
 
-def account_of(task: Task, fair_tenants: bool, fair_groups: bool, common: Tenant) -> tuple[Account, int, Account, int]:
-    """Return the tenant's and the group's account that rank a task; a level that is not shared fairly has one for all."""
-    tenant: Account = task.tenant if fair_tenants else common
-    tenant_seq = task.tenant.seq if fair_tenants else -1
-    group: Group | None = task.group if fair_groups else None
-    if group is None:
-        return tenant, tenant_seq, common, -1
-    return tenant, tenant_seq, group, group.seq
+def accounts_of(task: Task, fair_tenants: bool, fair_groups: bool, common: Tenant) -> tuple[Account, int, Account, int]:
+    """Return the tenant's and the group's account that rank a task; a level that is not shared fairly has one for all.
+
+    Groups share within a tenant, so without fair tenants there are no fair groups either.
+    """
+    if not fair_tenants:
+        return common, -1, common, -1
+    if not fair_groups or task.group is None:
+        return task.tenant, task.tenant.seq, common, -1
+    return task.tenant, task.tenant.seq, task.group, task.group.seq

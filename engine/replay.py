@@ -20,7 +20,9 @@ def refold(snapshot: bytes | None, records: Iterable[Record], limits: Limits | N
     state = restore(snapshot) if snapshot is not None else State(limits)
     for record in records:
         if record.now < state.now:
-            raise InvalidEvent(f"record {record.seq}: its time {record.now} us is before {state.now} us; sort the records by seq")
+            raise InvalidEvent(
+                f"record {record.seq}: its time {record.now} us is before {state.now} us; sort the records by seq"
+            )
         state.now = record.now
         for event in record.events:
             state.apply_event(record.now, event)

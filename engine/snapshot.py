@@ -83,14 +83,17 @@ def to_data(state: State) -> Plain:
         "columns": list(cluster.columns),
         "gpu_models": list(cluster.models),
         "tenants": {t.name: _get(t, _TENANT) for t in state.tenants.values()},
-        "groups": [[g.tenant.name, g.name, g.node.index if g.node else -1, *_get(g, _GROUP)] for g in state.groups.values()],
+        "groups": [
+            [g.tenant.name, g.name, g.node.index if g.node else -1, *_get(g, _GROUP)] for g in state.groups.values()
+        ],
         "idle_groups": [list(key) for key in state.idle_groups],
         "nodes": [_node(node) for node in cluster.nodes],
         "pods": [_pod(pod) for pod in state.pods.values()],
         "tasks": [_task(task) for task in state.tasks.values()],
         "terminal": list(state.terminal),
         "claims": [
-            [c.req_no, c.node.index, to_plain(c.grants), to_plain(c.demand), list(c.waits_for)] for c in state.claims.values()
+            [c.req_no, c.node.index, to_plain(c.grants), to_plain(c.demand), list(c.waits_for)]
+            for c in state.claims.values()
         ],
         "deployments": [[d.model, d.method, to_plain(d.demand), d.slots, d.pods] for d in state.deployments.values()],
         "ignored": dict(sorted(state.ignored.items())),

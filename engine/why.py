@@ -9,9 +9,11 @@ from engine.profile import Profile
 from engine.reasons import Blocker, Reason
 from engine.resources import Demand
 from engine.state import State
-from engine.tasks import Affinity, PodState, TaskState
+from engine.tasks import PodState, TaskState
 
-_COLUMN_REASONS = dict(zip(BASE_COLUMNS, (Reason.NO_CPU, Reason.NO_MEMORY, Reason.NO_DISK, Reason.NO_NETWORK), strict=True))
+_COLUMN_REASONS = dict(
+    zip(BASE_COLUMNS, (Reason.NO_CPU, Reason.NO_MEMORY, Reason.NO_DISK, Reason.NO_NETWORK), strict=True)
+)
 
 
 def blockers(state: State, backlog: Backlog, profile: Profile, req_no: str) -> tuple[Blocker, ...]:
@@ -28,7 +30,11 @@ def blockers(state: State, backlog: Backlog, profile: Profile, req_no: str) -> t
             pods = [number for number in task.pods if number and state.pods[number].state is PodState.CREATING]
             return (Blocker(Reason.POD_CREATING, f"its Pods {pods} are being created", node=_node_of(state, task)),)
         case TaskState.STARTING:
-            return (Blocker(Reason.START_UNCONFIRMED, "its start was ordered, not yet confirmed", node=_node_of(state, task)),)
+            return (
+                Blocker(
+                    Reason.START_UNCONFIRMED, "its start was ordered, not yet confirmed", node=_node_of(state, task)
+                ),
+            )
         case TaskState.STOPPING:
             return (Blocker(Reason.STOPPING, f"it is being stopped: {task.stop_reason}", node=_node_of(state, task)),)
         case _:
@@ -53,14 +59,12 @@ def _waiting(state: State, backlog: Backlog, profile: Profile, task: Task) -> li
         detail = f"tenant {tenant.name!r} runs {tenant.running} tasks, its limit is {tenant.max_running}"
         found.append(Blocker(Reason.TENANT_RUNNING_QUOTA, detail, missing=tenant.running - tenant.max_running + 1))
     shape = backlog.shape_of(task)
-    nodes, empty = state.cluster.nodes, False
-    if task.group is not None and task.spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
-        if task.group.node is not None:
-            nodes = [task.group.node]
-            detail = f"its group {task.group.name!r} is bound to node {task.group.node.name}; only that will do"
-            found.append(Blocker(Reason.GROUP_NODE, detail, nodes=len(state.cluster) - 1, node=nodes[0].name))
-        else:
-            empty = task.spec.affinity is Affinity.EXCLUSIVE
+    nodes = state.cluster.nodes
+    row, empty = backlog.where(task, shape)
+    if row >= 0:
+        nodes = [state.cluster.nodes[row]]
+        detail = f"its group {task.spec.group!r} is bound to node {nodes[0].name}; only that will do"
+        found.append(Blocker(Reason.GROUP_NODE, detail, nodes=len(state.cluster) - 1, node=nodes[0].name))
     if not nodes:
         found.append(Blocker(Reason.NO_NODE, "no node has joined yet"))
     found += _nodes(state.cluster, nodes, shape.demand, task, empty)
@@ -84,7 +88,9 @@ def _warm(state: State, shape: Shape, nodes: list[Node]) -> list[Blocker]:
         return [Blocker(Reason.NO_WARM_SLOT, "no Pod of its method, model and size is there")]
     busy = sum(len(pod.tasks) for pod in pods)
     slots = sum(pod.slots for pod in pods)
-    return [Blocker(Reason.NO_WARM_SLOT, f"{len(pods)} Pods would do; {busy} of their {slots} slots are taken", missing=1)]
+    return [
+        Blocker(Reason.NO_WARM_SLOT, f"{len(pods)} Pods would do; {busy} of their {slots} slots are taken", missing=1)
+    ]
 
 
 def _nodes(cluster: Cluster, nodes: list[Node], demand: Demand, task: Task, empty: bool) -> list[Blocker]:
@@ -134,10 +140,10 @@ def _gpu_misses(node: Node, demand: Demand) -> list[tuple[Reason, str, int]]:
         if len(gpus) < demand.gpus:
             return [(Reason.NO_GPU_MODEL, f"too few GPUs of {' or '.join(demand.gpu_models)}", demand.gpus - len(gpus))]
     found = []
-    shares = sorted((demand.gpu_share - gpu.share_free for gpu in gpus))[: demand.gpus]
+    shares = sorted(demand.gpu_share - gpu.share_free for gpu in gpus)[: demand.gpus]
     if shares[-1] > 0:
         found.append((Reason.NO_GPU_SHARE, "too little GPU share (thousandths)", sum(max(0, lack) for lack in shares)))
-    memory = sorted((demand.gpu_memory_bytes - gpu.memory_free for gpu in gpus))[: demand.gpus]
+    memory = sorted(demand.gpu_memory_bytes - gpu.memory_free for gpu in gpus)[: demand.gpus]
     if memory[-1] > 0:
         found.append((Reason.NO_GPU_MEMORY, "too little GPU memory (bytes)", sum(max(0, lack) for lack in memory)))
     both = [g for g in gpus if g.share_free >= demand.gpu_share and g.memory_free >= demand.gpu_memory_bytes]

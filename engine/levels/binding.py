@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from engine.backlog import RoomLine, Shape, WarmLine
 from engine.cluster import pick_gpus
-from engine.commands import CreatePod, Notify, PrefetchModel, Room, StartTask
+from engine.commands import Notify, PrefetchModel, Room, StartTask
 from engine.entities import Node, Pod, Task
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import make_room
 from engine.lines import Line, Rank
 from engine.reasons import Reason
-from engine.resources import GpuGrant
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 

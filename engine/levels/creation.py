@@ -17,8 +17,6 @@ def create_pod(
     number = turn.state.next_pod
     slots = 1 if task.alone and demand.gpus else spec.slots
     attempt = attempt or task.attempt + 1
-    turn.order(
-        CreatePod(number, node.name, spec.method, spec.model, grants, demand, slots, spec.req_no, attempt, rank)
-    )
+    turn.order(CreatePod(number, node.name, spec.method, spec.model, grants, demand, slots, spec.req_no, attempt, rank))
     if rank == 0:
         turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", node.name, turn.now))

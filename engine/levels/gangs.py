@@ -6,9 +6,10 @@ from engine.backlog import RoomLine, Shape
 from engine.cluster import pick_gpus
 from engine.commands import Notify, StartTask
 from engine.entities import Node, Pod, Task
+from engine.fit import places_on
 from engine.levels.creation import create_pod
 from engine.resources import GpuGrant
-from engine.tasks import PodState, TaskState
+from engine.tasks import Affinity, PodState, TaskState
 from engine.turn import Turn
 
 
@@ -47,27 +48,65 @@ def _warm_pods(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> list[Pod
     return found[: task.spec.members]
 
 
-def _new_places(turn: Turn, line: RoomLine, task: Task, members: int) -> list[tuple[Node, tuple[GpuGrant, ...]]] | None:
-    """Try the members out one after the other; everything is given back in the end, the orders take it again."""
-    cluster, fit = turn.state.cluster, line.fit
+Places = list[tuple[Node, tuple[GpuGrant, ...]]]
+
+
+def _new_places(turn: Turn, line: RoomLine, task: Task, members: int) -> Places | None:
+    """Return a place for each of the members, or None. Whatever is tried out is given back; the orders take it again."""
+    cluster, group = turn.state.cluster, task.group
     version = cluster.version
-    places: list[tuple[Node, tuple[GpuGrant, ...]]] | None = []
+    if line.node >= 0:
+        node = cluster.nodes[line.node]
+        places = _on_one(turn, line, node, members) if node.exclusive in (None, group) else None
+    elif group is not None and task.spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
+        places = _together(turn, line, members)
+    else:
+        places = _anywhere(turn, line, task, members)
+    cluster.version = version
+    return places
+
+
+def _on_one(turn: Turn, line: RoomLine, node: Node, members: int) -> Places | None:
+    """Place all members on one node."""
+    cluster, fit = turn.state.cluster, line.fit
+    places: Places = []
     with cluster.trial():
         for _ in range(members):
-            node: Node | None
-            if line.node >= 0:
-                node = cluster.nodes[line.node]
-                if node.exclusive not in (None, task.group) or not fit.fits(node):
-                    node = None
-            elif fit.empty and places:
-                node = places[0][0] if fit.fits(places[0][0]) else None
-            else:
-                node = fit.best()
+            grants = pick_gpus(node, fit.demand) if fit.fits(node) else None
+            if grants is None:
+                return None
+            cluster.take(node, grants, fit.demand)
+            places.append((node, grants))
+    return places
+
+
+def _together(turn: Turn, line: RoomLine, members: int) -> Places | None:
+    """Place all members on the best node that has room for all of them."""
+    fit, cluster = line.fit, turn.state.cluster
+    fit.refresh()
+    rows = [row for row, score in enumerate(fit.scores.tolist()) if score >= 0]
+    rows.sort(key=lambda row: (-int(fit.scores[row]), row))
+    for row in rows:
+        node = cluster.nodes[row]
+        if places_on(cluster, node, fit.demand, members) >= members:
+            places = _on_one(turn, line, node, members)
+            if places is not None:
+                return places
+    return None
+
+
+def _anywhere(turn: Turn, line: RoomLine, task: Task, members: int) -> Places | None:
+    """Place each member on the best node that is left, and in the end on the node that its group has for itself."""
+    cluster, fit, group = turn.state.cluster, line.fit, task.group
+    places: Places = []
+    with cluster.trial():
+        for _ in range(members):
+            node = fit.best()
+            if node is None and group is not None and group.node is not None and group.node.exclusive is group:
+                node = group.node if fit.fits(group.node) else None
             grants = pick_gpus(node, fit.demand) if node is not None else None
             if node is None or grants is None:
-                places = None
-                break
+                return None
             cluster.take(node, grants, fit.demand)
-            places.append((node, grants))  # type: ignore[union-attr]
-    cluster.version = version
+            places.append((node, grants))
     return places

@@ -12,10 +12,20 @@ from engine.tasks import SECOND, URGENT_PRIORITY, Micros
 class Ordering(Protocol):
     """Ranks tasks. Band 0 goes before band 1; inside a band tenants and groups share fairly where asked; then the key counts."""
 
-    fair_tenants: bool
-    fair_groups: bool
-    age_us: Micros
-    """A task that has waited this long since it was submitted moves to band 0; 0: never."""
+    @property
+    def fair_tenants(self) -> bool:
+        """Whether tenants share by weight."""
+        ...
+
+    @property
+    def fair_groups(self) -> bool:
+        """Whether groups share within a tenant."""
+        ...
+
+    @property
+    def age_us(self) -> Micros:
+        """A task that has waited this long since it was submitted moves to band 0; 0: never."""
+        ...
 
     def rank(self, task: Task, now: Micros) -> tuple[int, int]:
         """Return (band, key); the smaller key is sooner, and equal keys go by submission."""

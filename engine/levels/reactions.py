@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from engine import agenda
 from engine.commands import DeletePod, Notify, StartTask, StopTask
 from engine.entities import Claim, Node, Pod, Task
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
 from engine.reasons import Reason
-from engine.tasks import NEVER, NOT_RETRYABLE, FailureCause, Micros, PodState, TaskState
+from engine.tasks import NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
 from engine.turn import Turn
 
 _STARTED = (TaskState.STARTING, TaskState.RUNNING)
@@ -137,7 +140,8 @@ def _roomy(turn: Turn, claim: Claim) -> None:
     if state.claims.get(claim.req_no) is not claim or claim.waits_for:
         return
     task = state.tasks[claim.req_no]
-    if not claim_holds(claim):
+    spoilt = task.spec.affinity is Affinity.EXCLUSIVE and claim.node.exclusive is None and claim.node.pods
+    if spoilt or not claim_holds(claim):
         turn.tell(task, TaskState.PENDING, Reason.NODE_DOWN)
         return
     create_pod(turn, task, claim.node, claim.grants, claim.demand)
@@ -211,7 +215,7 @@ def _pod_due(turn: Turn, pod: Pod) -> None:
         turn.backlog.timers.watch_pod(pod, min(due))
 
 
-REACTIONS = {
+REACTIONS: dict[int, Callable[[Turn, Any], None]] = {
     agenda.SUBMITTED: _submitted,
     agenda.CANCEL: _cancel,
     agenda.ENDED: _ended,

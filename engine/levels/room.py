@@ -15,8 +15,6 @@ MOST_NODES = 32
 def make_room(turn: Turn, task: Task, line: RoomLine) -> tuple[Node, tuple[GpuGrant, ...], list[Pod]] | None:
     """Return a node, the devices and the idle Pods that must go, those idle longest first; None when that makes no room."""
     backlog = turn.backlog
-    if line.fit.empty:
-        return None
     tried: dict[int, None] = {}
     for pod in backlog.oldest_idle():
         node = pod.node
@@ -27,7 +25,7 @@ def make_room(turn: Turn, task: Task, line: RoomLine) -> tuple[Node, tuple[GpuGr
         if len(tried) >= MOST_NODES:
             return None
         tried[node.index] = None
-        found = _try_node(turn, line, node)
+        found = _try_empty(turn, line, node) if line.fit.empty else _try_node(turn, line, node)
         if found is not None:
             return node, found[0], found[1]
     return None
@@ -55,6 +53,22 @@ def _try_node(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, .
                     cluster.release(node, spare.grants, spare.demand)
             grants = pick_gpus(node, demand)
             break
+    for pod in victims:
+        cluster.take(node, pod.grants, pod.demand)
+    cluster.version = version
+    return None if grants is None else (grants, victims)
+
+
+def _try_empty(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
+    """Let every Pod of a node go, if all of them are idle, for a group that wants the node for itself."""
+    victims = list(node.pods.values())
+    if any(p.number not in turn.backlog.idle or turn.is_kept(p, [v for v in victims if v is not p]) for p in victims):
+        return None
+    cluster = turn.state.cluster
+    version = cluster.version
+    for pod in victims:
+        cluster.release(node, pod.grants, pod.demand)
+    grants = pick_gpus(node, line.fit.demand) if line.fit.fits(node) else None
     for pod in victims:
         cluster.take(node, pod.grants, pod.demand)
     cluster.version = version
