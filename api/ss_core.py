@@ -223,7 +223,7 @@ class SupportCore:
         """Return the engine's name of a request; two tenants that chose the same reqNo are told apart."""
         if req_no not in self._names and self.store.job_by_task(req_no) is None:
             return req_no
-        return f"{req_no}.{hashlib.sha256(tenant.encode()).hexdigest()[:12]}"
+        return f"{req_no}-{hashlib.sha256(tenant.encode()).hexdigest()[:12]}"
 
     def _refuse(self, delivery: Delivery, refused: MessageRefused) -> None:
         """Answer where the asker is readable, and keep what nobody can use as a dead letter."""

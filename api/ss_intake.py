@@ -115,9 +115,9 @@ def _model(message: Message, job: Job, find_model: Callable[[str], Model | None]
             "model_unknown",
             f"{where}: there is no model {model_id!r}; the list of models names those there are",
         )
-    if job.method == TRAINING_METHOD and model.kind == "lora":
+    if job.method == TRAINING_METHOD and model.kind in ("lora", "full"):
         raise _refused(
-            message, "invalid", f"{where}: {model_id!r} is itself an adapter; train from its base {model.base!r}"
+            message, "invalid", f"{where}: {model_id!r} was itself trained; train from its base {model.base!r}"
         )
     return model.model_id
 

@@ -271,13 +271,12 @@ def trained_model(job: Job, at: float) -> Model:
     assert job.result is not None
     minted = hashlib.sha256(f"{job.tenant}/{job.req_no}".encode()).hexdigest()[:12]
     described = job.result["metadata"] if isinstance(job.result["metadata"], dict) else {}
-    full = str(described.get("method", job.parameters.get("method", "lora"))) == "full"
+    kind = "full" if str(described.get("kind", job.parameters.get("method", "lora"))) == "full" else "lora"
     files = {
         str(item.get("name") or item.get("role") or item["file_id"]): str(item["file_id"])
         for item in job.result["files"]
-        if isinstance(item, dict) and item.get("file_id")
+        if isinstance(item, dict) and item.get("file_id") and item.get("role") == "adapter"
     }
-    kind = "full" if full else "lora"
     model_id = f"{kind}-{minted}"
     base = str(described.get("base_model") or job.model)
     manifest = {
