@@ -87,6 +87,11 @@ class OnlineForecaster:
         self._pod_gpu_model: dict[int, str] = {}
         self._overdue: list[tuple[Micros, str, int]] = []
 
+    @property
+    def tracked(self) -> int:
+        """Return the number of tasks between their submission and their end."""
+        return len(self._tracked)
+
     def stamp(self, now: Micros, events: Sequence[Event]) -> Sequence[Event]:
         """Return the events with estimates stamped on, and `TaskEstimated` for tasks whose outlook has changed."""
         stamped: list[Event] = []

@@ -178,8 +178,8 @@ def report(rows: Sequence[Row], progress: Progress | None = None, train_share: f
         cold_start=_cold_start(replay.seen),
         still_running=_still_running(truth_s, scored),
         failures=_failures(replay),
-        predict_us=float(np.median(replay.predict_s)) * 1e6,
-        observe_us=float(np.median(replay.observe_s)) * 1e6,
+        predict_us=_median_us(replay.predict_s),
+        observe_us=_median_us(replay.observe_s),
     )
 
 
@@ -343,12 +343,16 @@ def _failures(replay: _Replay) -> Failures:
     )
 
 
+def _median_us(seconds: Sequence[float]) -> float:
+    return float(np.median(seconds)) * 1e6 if seconds else math.nan
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _silent(_fraction: float, _note: str) -> None:

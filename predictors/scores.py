@@ -26,7 +26,7 @@ class PointScores:
     log_rmse: float
     r2: float
     spearman: float
-    """NaN for a constant."""
+    """NaN for a constant; R2 too is NaN where the truth is one."""
     sjf_gain: float
     """What shortest-predicted-first gains over FIFO, as a share of what the truth would gain."""
 
@@ -35,12 +35,13 @@ def point_scores(truth_s: Series, predicted_s: Series, mean_s: Series | None = N
     """Score predicted against true seconds; R2 and SJF gain are those of ``mean_s`` where it is given: means minimise squares and order queues."""
     relative = np.abs(predicted_s - truth_s) / truth_s
     best = predicted_s if mean_s is None else mean_s
+    spread = float(np.square(truth_s - truth_s.mean()).sum())
     return PointScores(
         mape=100 * float(relative.mean()),
         medape=100 * float(np.median(relative)),
         mae_s=float(np.abs(predicted_s - truth_s).mean()),
         log_rmse=float(np.sqrt(np.square(np.log(predicted_s / truth_s)).mean())),
-        r2=1.0 - float(np.square(best - truth_s).sum() / np.square(truth_s - truth_s.mean()).sum()),
+        r2=1.0 - float(np.square(best - truth_s).sum()) / spread if spread > 0.0 else float("nan"),
         spearman=spearman(truth_s, predicted_s),
         sjf_gain=100 * sjf_gain(truth_s, best),
     )
