@@ -52,8 +52,13 @@ class Prior:
 def prompts_for(category: str, general: tuple[str, ...], count: int) -> tuple[str, ...]:
     """The prompts of `count` prior pictures: category and general ones in turn."""
     return tuple(
-        f"a photo of a {category}" if index % 2 == 0 else general[(index // 2) % len(general)] for index in range(count)
+        f"a photo of {_with_article(category)}" if index % 2 == 0 else general[(index // 2) % len(general)]
+        for index in range(count)
     )
+
+
+def _with_article(noun: str) -> str:
+    return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
 
 def batches(count: int, size_px: int) -> list[range]:

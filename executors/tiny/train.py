@@ -39,6 +39,10 @@ class Plan:
     def steps(self, in_an_hour: int) -> int:
         return max(2, round(in_an_hour * self.minutes / 60.0))
 
+    def drawings(self, usual: int) -> int:
+        """How many pictures to draw: the usual number from six minutes on, fewer for a training that only shows that it runs."""
+        return max(64, round(usual * min(1.0, self.minutes / 6.0)))
+
     @property
     def states(self) -> Path:
         return self.out / "states"
@@ -84,8 +88,8 @@ def train_vae(plan: Plan) -> AutoencoderTiny:
     vae, state, steps = networks.build_vae(), plan.states / "vae", plan.steps(VAE_STEPS)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-4, fused=True)
     first = snapshots.restore(state, {"vae": vae}, optimizer)
-    drawn = [drawing.draw(scene) for scene in scenes(plan.seed, 1, 8400)]
-    drawn += [drawing.clutter(np.random.default_rng([plan.seed, 2, index])) for index in range(3600)]
+    drawn = [drawing.draw(scene) for scene in scenes(plan.seed, 1, plan.drawings(8400))]
+    drawn += [drawing.clutter(np.random.default_rng([plan.seed, 2, index])) for index in range(plan.drawings(3600))]
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
     losses: list[float] = []
     for step in _steps("vae", min(first, steps), steps, losses):
@@ -208,10 +212,11 @@ def train_unet(plan: Plan, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, text:
     load = _latent_loader(plan, vae)
     kept = networks.build_scheduler().alphas_cumprod
     losses: list[float] = []
-    truths, latents = load(8000)
+    few, many = plan.drawings(8000), plan.drawings(24_000)
+    truths, latents = load(few)
     for step in _steps("unet", first, steps, losses):
-        if step >= 0.3 * steps and len(latents) < 20_000:
-            truths, latents = load(24_000)
+        if step >= 0.3 * steps and len(latents) < many:
+            truths, latents = load(many)
         generator = _generator(plan.seed, 3, step)
         rows = torch.randint(len(latents), (32,), generator=generator)
         rng = np.random.default_rng([plan.seed, 5, step])
@@ -254,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = Plan(out=chosen.out, seed=chosen.seed, minutes=chosen.minutes)
     vae = train_vae(plan)
     captions = []
-    for index in range(4000):
+    for index in range(plan.drawings(4000)):
         rng = np.random.default_rng([plan.seed, 6, index])
         captions.append(drawing.caption(drawing.random_scene(rng), rng))
     tokenizer = networks.train_tokenizer(captions, plan.out / "tokenizer")

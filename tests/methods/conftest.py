@@ -1,0 +1,178 @@
+"""Random pipelines of every family, built from configurations in seconds, and a context without a Pod."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the AI methods need the executors extra")
+
+from executors.methods import device  # noqa: E402  (sets the libraries offline before they are imported)
+
+device.resolve("cpu")
+
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
+
+from executors.methods.base import ModelRef  # noqa: E402
+from executors.tiny import drawing, networks  # noqa: E402
+
+
+@dataclass
+class FakeContext:
+    """Records progress, and says stop once `stop_at` units are behind the run."""
+
+    output_dir: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    stop_at: int | None = None
+    checkpoint: Path | None = None
+    device: str = "cpu"
+    seen: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.seen.append((done, total, note))
+
+    def should_stop(self) -> bool:
+        return self.stop_at is not None and (self.seen[-1][0] if self.seen else 0) >= self.stop_at
+
+    def fetch(self, file_id: str) -> Path:
+        if file_id not in self.files:
+            raise FileNotFoundError(file_id)
+        return self.files[file_id]
+
+    def model_dir(self, model_id: str) -> Path:
+        raise FileNotFoundError(model_id)
+
+
+@pytest.fixture
+def new_context(tmp_path: Path) -> Callable[..., FakeContext]:
+    made = 0
+
+    def make(**options: object) -> FakeContext:
+        nonlocal made
+        made += 1
+        folder = tmp_path / f"output-{made}"
+        folder.mkdir()
+        return FakeContext(folder, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def subject_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four drawn pictures of one emblem, by file id."""
+    folder = tmp_path_factory.mktemp("subject")
+    files = {}
+    for index, pixels in enumerate(drawing.subject_pictures(drawing.subject_scene(1), 4, seed=1)):
+        path = folder / f"{index}.png"
+        Image.fromarray(pixels).save(path)
+        files[hashlib.sha256(path.read_bytes()).hexdigest()] = path
+    return files
+
+
+def _random_kl_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+
+
+def _random_unet(cross_dim: int, **extra: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_dim,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **extra,
+    )
+
+
+def _text_config(tokens: int, **extra: object) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=24,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        pad_token_id=tokens - 1,
+        **extra,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of pipelines with random weights: ``sd`` (KL autoencoder), ``sdxl`` and ``pag`` (a family without own loop)."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = networks.train_tokenizer(["a red star", "a blue house on a green background"] * 5, folder / "tokenizer")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    parts = {
+        "vae": _random_kl_vae(),
+        "text_encoder": CLIPTextModel(_text_config(len(tokenizer))),
+        "tokenizer": tokenizer,
+        "unet": _random_unet(16),
+        "scheduler": scheduler,
+    }
+    unsafe = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**parts, **unsafe).save_pretrained(folder / "sd")
+    StableDiffusionPAGPipeline(**parts, **unsafe, pag_applied_layers="mid").save_pretrained(folder / "pag")
+    wide = _random_unet(
+        40, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 24
+    )
+    StableDiffusionXLPipeline(
+        vae=parts["vae"],
+        text_encoder=CLIPTextModel(_text_config(len(tokenizer))),
+        text_encoder_2=CLIPTextModelWithProjection(_second_config(len(tokenizer))),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=wide,
+        scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(folder / "sdxl")
+    return {name: folder / name for name in ("sd", "sdxl", "pag")}
+
+
+def _second_config(tokens: int) -> CLIPTextConfig:
+    config = _text_config(tokens)
+    config.hidden_size = 24
+    config.intermediate_size = 48
+    return config
+
+
+@pytest.fixture
+def model_ref(random_models: dict[str, Path]) -> Callable[..., ModelRef]:
+    def ref(name: str, adapter_dir: Path | None = None) -> ModelRef:
+        return ModelRef(name, random_models[name], adapter_dir)
+
+    return ref

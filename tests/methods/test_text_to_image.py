@@ -1,0 +1,186 @@
+"""Generation as a Pod runs it: files, metadata, seeds, stops, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from executors.methods import sampling
+from executors.methods.base import Cancelled, InputRefused, ModelMissing, ModelRef
+from executors.methods.parameters import TextToImageParameters
+from executors.methods.text_to_image import TextToImage
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
+
+
+def asked(**changes: Any) -> TextToImageParameters:
+    return TextToImageParameters.model_validate(
+        {"prompt": "a red star", "steps": 3, "seed": 11, "width": 64, "height": 64, **changes}
+    )
+
+
+def loaded(ref: ModelRef) -> TextToImage:
+    method = TextToImage()
+    method.load(ref, "cpu")
+    return method
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path), dtype=np.float64)
+
+
+def test_pictures_are_written_with_the_parameters_that_made_them(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    context = new_context()
+    result = loaded(model_ref("sd")).run(asked(count=2, scheduler="euler_a", negative_prompt="a blue house"), context)
+    assert [file.name for file in result.files] == ["picture-00.png", "picture-01.png"]
+    assert {file.role for file in result.files} == {"picture"}
+    with Image.open(result.files[1].path) as picture:
+        assert picture.size == (64, 64)
+        facts = json.loads(picture.text["aigc"])  # type: ignore[attr-defined]
+        readable = picture.text["parameters"]  # type: ignore[attr-defined]
+    assert (facts["prompt"], facts["seed"], facts["steps"], facts["scheduler"]) == ("a red star", 12, 3, "euler_a")
+    assert (facts["model"], facts["guidance"], facts["negative_prompt"]) == ("sd", 7.5, "a blue house")
+    assert set(facts["versions"]) == {"torch", "diffusers", "transformers"}
+    assert readable.startswith("a red star\nNegative prompt: a blue house\nSteps: 3, Sampler: euler_a")
+    assert result.metadata["seeds"] == [11, 12]
+    json.dumps(result.metadata)
+
+
+def test_progress_ends_at_its_total_and_never_goes_back(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    context = new_context()
+    method = loaded(model_ref("sd"))
+    method._batch = 2
+    method.run(asked(count=3), context)
+    done = [entry[0] for entry in context.seen]
+    assert done == sorted(done)
+    assert context.seen[-1][:2] == (9, 9)
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_the_batch(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    method = loaded(model_ref("sd"))
+    together = method.run(asked(count=3, scheduler="euler_a"), new_context())
+    alone = method.run(asked(count=1, seed=13, scheduler="euler_a"), new_context())
+    assert np.abs(pixels(together.files[2].path) - pixels(alone.files[0].path)).max() <= 1.0
+
+
+def test_an_absent_seed_is_drawn_and_reported(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    method = loaded(model_ref("sd"))
+    first = method.run(asked(seed=None), new_context())
+    again = method.run(asked(seed=first.metadata["seeds"][0]), new_context())
+    other = method.run(asked(seed=None), new_context())
+    assert np.array_equal(pixels(first.files[0].path), pixels(again.files[0].path))
+    assert other.metadata["seeds"] != first.metadata["seeds"]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "pag"])
+def test_a_stop_in_mid_run_saves_nothing_and_decodes_nothing(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    method = loaded(model_ref(family))
+    assert method._loaded is not None
+
+    def no_decoding(*_: Any, **__: Any) -> None:
+        raise AssertionError("a stopped run decoded its latents")
+
+    monkeypatch.setattr(method._loaded.pipe.vae, "decode", no_decoding)
+    context = new_context(stop_at=1)
+    with pytest.raises(Cancelled) as caught:
+        method.run(asked(steps=5), context)
+    assert caught.value.checkpoint is None
+    assert list(context.output_dir.iterdir()) == []
+    assert context.seen[-1][0] == 1
+
+
+def test_a_stopped_method_runs_again(model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]) -> None:
+    method = loaded(model_ref("pag"))
+    with pytest.raises(Cancelled):
+        method.run(asked(), new_context(stop_at=1))
+    assert len(method.run(asked(), new_context()).files) == 1
+
+
+def test_a_pipeline_without_an_own_loop_runs_its_own_call(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    context = new_context()
+    result = loaded(model_ref("pag")).run(asked(count=2), context)
+    assert len(result.files) == 2
+    assert context.seen[-1][:2] == (6, 6)
+
+
+def test_a_sampler_is_refused_where_the_pipeline_keeps_its_own(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    with pytest.raises(InputRefused, match=r"^scheduler: .*leave scheduler out"):
+        loaded(model_ref("pag")).run(asked(scheduler="euler"), new_context())
+
+
+def test_memory_that_runs_out_halves_the_batch_once(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = loaded(model_ref("sd"))
+    sizes: list[int] = []
+    real = sampling.denoise
+
+    def narrow(*arguments: Any, **named: Any) -> Any:
+        sizes.append(len(named["seeds"]))
+        if len(named["seeds"]) > 2:
+            raise MemoryError("too many at once")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(sampling, "denoise", narrow)
+    result = method.run(asked(count=4), new_context())
+    assert sizes == [4, 2, 2]
+    assert result.metadata["seeds"] == [11, 12, 13, 14]
+    sizes.clear()
+    method.run(asked(count=3), new_context())
+    assert sizes == [2, 1], "the narrower batch is remembered"
+
+
+def test_memory_that_runs_out_again_fails_the_job(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def never(*_: Any, **named: Any) -> Any:
+        tries.append(len(named["seeds"]))
+        raise MemoryError("too many at once")
+
+    monkeypatch.setattr(sampling, "denoise", never)
+    context = new_context()
+    with pytest.raises(MemoryError):
+        loaded(model_ref("sd")).run(asked(count=4), context)
+    assert tries == [4, 2]
+    assert list(context.output_dir.iterdir()) == []
+
+
+def test_generation_without_a_model_is_refused() -> None:
+    with pytest.raises(ModelMissing, match="needs one"):
+        TextToImage().load(None, "cpu")
+
+
+def test_the_size_falls_back_to_the_model_s_own(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]
+) -> None:
+    result = loaded(model_ref("sd")).run(asked(width=None, height=None), new_context())
+    assert (result.metadata["width"], result.metadata["height"]) == (32, 32)
+
+
+def test_closing_gives_the_model_back(model_ref: Callable[..., ModelRef], new_context: Callable[..., Any]) -> None:
+    method = loaded(model_ref("sd"))
+    method.close()
+    with pytest.raises(RuntimeError, match="before load"):
+        method.run(asked(), new_context())
