@@ -12,14 +12,18 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from engine.tasks import SECOND
-from predictors.gentd26 import SUCCEED, Row, read_rows
-from predictors.predictor import Prediction, Predictor
-from predictors.report import report
+# Beside this file lies an `engine.py`: as a script, its own folder must not come before the packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from engine.tasks import SECOND  # noqa: E402
+from predictors.gentd26 import SUCCEED, Row, read_rows  # noqa: E402
+from predictors.predictor import Prediction, Predictor  # noqa: E402
+from predictors.report import report  # noqa: E402
 
 TRACE = Path(__file__).resolve().parent.parent.parent / "shared/traces/gentd26/lora_request_trace.csv"
 DRIFT_STARTS = (5_000, 8_000, 11_000, 14_000)

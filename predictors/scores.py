@@ -32,7 +32,10 @@ class PointScores:
 
 
 def point_scores(truth_s: Series, predicted_s: Series, mean_s: Series | None = None) -> PointScores:
-    """Score predicted against true seconds; R2 and SJF gain are those of ``mean_s`` where it is given: means minimise squares and order queues."""
+    """Score predicted against true seconds.
+
+    R2 and SJF gain are those of ``mean_s`` where it is given: means minimise squares and order queues.
+    """
     relative = np.abs(predicted_s - truth_s) / truth_s
     best = predicted_s if mean_s is None else mean_s
     spread = float(np.square(truth_s - truth_s.mean()).sum())
