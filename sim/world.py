@@ -322,7 +322,7 @@ class SimWorld:
         attempt.peak_bytes = truth.peak_gpu_memory_bytes or round(
             hardware.peak_memory_bytes(task) * lognormal(hardware.memory_sigma, self.seed, "memory", req_no)
         )
-        cap = pod.order.demand.gpu_memory_bytes
+        cap = min((grant.memory_bytes for grant in pod.order.grants), default=0)
         wish = _wished_failure(task, number)
         if cap and attempt.peak_bytes > cap:
             attempt.outcome, attempt.cause, attempt.peak_bytes = Outcome.FAIL, FailureCause.OUT_OF_MEMORY, cap

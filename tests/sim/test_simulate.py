@@ -140,6 +140,7 @@ def test_tasks_that_want_more_memory_than_they_may_have_fail_and_are_given_more(
         "seconds": 10,
         "model": "m",
         "gpu_memory_gib": 14,
+        "gpu_share": 500,
         "images": 4,
         "width": 1024,
         "height": 1024,
