@@ -1,9 +1,14 @@
-"""Measures a workload: the statistics that a synthetic one is fitted to, computed the same way for both."""
+"""Measures a workload: the statistics that a synthetic one is fitted to, computed the same way for both.
+
+``python -m sim.likeness [lora_request_trace.csv]`` prints how near the generator comes.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -87,3 +92,21 @@ def _hit_rate(names: list[str], size: int) -> float:
             if len(held) > size:
                 held.popitem(last=False)
     return hits / len(names)
+
+
+def table(trace: Path | None, seeds: int = 9) -> str:
+    """Return the published figures, those of a file at hand, and the median and range over synthetic workloads, as Markdown."""
+    from sim import gentd26, synthetic
+
+    here = measure(gentd26.read(trace)) if trace else {}
+    runs = [measure(synthetic.make(synthetic.SyntheticConfig(seed=seed))) for seed in range(seeds)]
+    lines = ["| figure | published | file at hand | synthetic, median | range |", "|---|---|---|---|---|"]
+    for name, published in GENTD26.items():
+        found = sorted(run[name] for run in runs)
+        held = f"{here[name]:.2f}" if name in here else "-"
+        lines.append(f"| {name} | {published:.2f} | {held} | {found[seeds // 2]:.2f} | {found[0]:.2f} - {found[-1]:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1]) if len(sys.argv) > 1 else None))
