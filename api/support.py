@@ -164,6 +164,7 @@ class SupportService:
                     yield ss_views.job_event(change)
                     if req_no and change.view["state"] in TERMINAL:
                         return
+            raise SupportRefused(503, "support_down", "SS is going down; go on after the last event id")
         finally:
             board.leave(listener)
 

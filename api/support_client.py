@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
 
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
 
@@ -42,11 +42,11 @@ class SupportClient:
         path: str,
         *,
         params: Mapping[str, str | int] | None = None,
-        json: Any = None,
+        body: Any = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Any:
         try:
-            answer = await self._http.request(method, path, params=params, json=json, timeout=timeout_s)
+            answer = await self._http.request(method, path, params=params, json=body, timeout=timeout_s)
         except httpx.TimeoutException as error:
             raise SupportRefused(504, "support_timeout", f"SS did not answer within {timeout_s:.0f} s") from error
         except httpx.TransportError as error:
@@ -100,10 +100,15 @@ class SupportClient:
                 if not answer.is_success:
                     await answer.aread()
                     raise _refusal(answer)
+                kind = ""
                 async for line in answer.aiter_lines():
                     if line == "event: end":
                         return
-                    if line.startswith("data: "):
+                    if line.startswith("event: "):
+                        kind = line[7:]
+                    elif line.startswith("data: ") and kind == "refused":
+                        raise _refusal_of(json.loads(line[6:]))
+                    elif line.startswith("data: "):
                         yield JobEvent.model_validate_json(line[6:])
         except httpx.TransportError as error:
             raise SupportRefused(503, "support_down", f"the stream from SS broke: {error}") from error
@@ -115,7 +120,7 @@ class SupportClient:
             "POST",
             f"/internal/jobs/{_part(req_no)}/compensations",
             params={"tenant": tenant},
-            json={"action": action, "key": key},
+            body={"action": action, "key": key},
             timeout_s=CERTAIN_TIMEOUT_S,
         )
         return answer
@@ -136,7 +141,7 @@ class SupportClient:
         """Keep `pods` warm Pods with the model; 0 undeploys."""
         path = f"/internal/models/{_part(model_id)}"
         answer = await self._call(
-            "PUT", path, params={"tenant": tenant}, json={"pods": pods}, timeout_s=CERTAIN_TIMEOUT_S
+            "PUT", path, params={"tenant": tenant}, body={"pods": pods}, timeout_s=CERTAIN_TIMEOUT_S
         )
         return ModelView.model_validate(answer)
 
@@ -154,11 +159,11 @@ class SupportClient:
 
     async def drain(self, node: str, gpu: str | None = None) -> None:
         """Start nothing new there."""
-        await self._call("POST", f"/internal/nodes/{_part(node)}/drain", json={"gpu": gpu})
+        await self._call("POST", f"/internal/nodes/{_part(node)}/drain", body={"gpu": gpu})
 
     async def uncordon(self, node: str, gpu: str | None = None) -> None:
         """Take work again."""
-        await self._call("POST", f"/internal/nodes/{_part(node)}/uncordon", json={"gpu": gpu})
+        await self._call("POST", f"/internal/nodes/{_part(node)}/uncordon", body={"gpu": gpu})
 
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths and counters."""
@@ -180,10 +185,14 @@ def _part(name: str) -> str:
 
 def _refusal(answer: httpx.Response) -> SupportRefused:
     try:
-        error = answer.json()["error"]
-        return SupportRefused(int(error["status"]), str(error["code"]), str(error["message"]))
-    except (ValueError, KeyError, TypeError, ValidationError):
+        return _refusal_of(answer.json())
+    except (ValueError, KeyError, TypeError):
         return SupportRefused(502, "support_answer", f"SS answered {answer.status_code} in a form that is not its own")
+
+
+def _refusal_of(tree: Any) -> SupportRefused:
+    error = tree["error"]
+    return SupportRefused(int(error["status"]), str(error["code"]), str(error["message"]))
 
 
 async def wait_until_ready(client: SupportClient, timeout_s: float) -> bool:

@@ -183,6 +183,9 @@ async def _sse(stream: AsyncIterator[JobEvent], first: asyncio.Future[JobEvent])
             except StopAsyncIteration:
                 yield b"event: end\ndata: {}\n\n"
                 return
+            except SupportRefused as refused:
+                yield b"event: refused\ndata: " + _error(refused.status, refused.code, refused.message).body + b"\n\n"
+                return
             yield f"id: {event.event_id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
             upcoming = asyncio.ensure_future(anext(stream))
     finally:
