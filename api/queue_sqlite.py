@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from api.ss_queue import DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
+from api.ss_queue import RESULTS, DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS message(
@@ -31,7 +32,9 @@ CREATE TABLE IF NOT EXISTS dead(
   body BLOB NOT NULL, reason TEXT NOT NULL, deliveries INTEGER NOT NULL, died_at REAL NOT NULL, UNIQUE(queue, message_id));
 """
 _READY, _LEASED, _DELAYED = 0, 1, 2
+KEEP_NEWEST: Mapping[str, int] = {RESULTS: 100_000}
 _COLUMNS = "queue, message_id, body, priority, seq, deliveries"
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -49,6 +52,9 @@ class _Put:
 class SqliteQueue:
     """Named queues in one SQLite file; see `api.ss_queue.Queue` for what each call promises.
 
+    A queue in ``keep_newest`` never refuses: its oldest unread messages go when there are more than that (about; it is looked at in
+    passing). By default the result queue is one, since an installation in which nobody reads it must not fill up.
+
     Safe across threads and processes. A waiting reader in the same process wakes at once; one in another process notices a
     commit within `poll_s`.
     """
@@ -62,6 +68,7 @@ class SqliteQueue:
         max_body_bytes: int = 1 << 20,
         remember: int = 1_000_000,
         max_dead: int = 100_000,
+        keep_newest: Mapping[str, int] = KEEP_NEWEST,
         poll_s: float = 0.02,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -71,6 +78,8 @@ class SqliteQueue:
         self._max_body_bytes = max_body_bytes
         self._remember = remember
         self._max_dead = max_dead
+        self._keep_newest = dict(keep_newest)
+        self._trim_after = dict.fromkeys(keep_newest, 0)
         self._poll_s = poll_s
         self._clock = clock
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +128,16 @@ class SqliteQueue:
             with _transaction(self._durable):
                 held = self._held()
                 for entry in batch:
-                    if held + len(entry.messages) > self._max_messages:
+                    bounded = entry.queue not in self._keep_newest
+                    if bounded and held + len(entry.messages) > self._max_messages:
                         entry.error = QueueRefused(
                             f"the queue holds {held} of {self._max_messages} messages; try again when it has been worked off"
                         )
                         continue
                     entry.new = self._insert(entry, now)
                     held += entry.new
+                    if not bounded:
+                        self._trim(entry.queue, entry.new)
         except QueueBroken as error:
             broken = error
         for entry in batch:
@@ -144,6 +156,26 @@ class SqliteQueue:
         if span < self._max_messages // 2:
             return int(span)
         return int(self._durable.execute("SELECT count(*) FROM message").fetchone()[0])
+
+    def _trim(self, queue: str, new: int) -> None:
+        """Drop the oldest messages of a queue that keeps its newest only; looked at once in a while."""
+        self._trim_after[queue] -= new
+        if self._trim_after[queue] > 0:
+            return
+        keep = self._keep_newest[queue]
+        self._trim_after[queue] = max(1, keep // 100)
+        db = self._durable
+        oldest = db.execute(
+            "SELECT seq FROM message WHERE queue = ? ORDER BY seq DESC LIMIT 1 OFFSET ?", (queue, keep - 1)
+        ).fetchone()
+        if oldest is not None:
+            gone = (queue, *oldest)
+            db.execute(
+                "INSERT OR IGNORE INTO seen(queue, message_id)"
+                " SELECT queue, message_id FROM message WHERE queue = ? AND state = 0 AND seq < ?",
+                gone,
+            )
+            db.execute("DELETE FROM message WHERE queue = ? AND state = 0 AND seq < ?", gone)
 
     def _insert(self, entry: _Put, now: float) -> int:
         new = 0
@@ -171,23 +203,27 @@ class SqliteQueue:
 
     def take(self, queue: str, n: int = 1, lease_s: float = 30.0, wait_s: float = 0.0) -> list[Delivery]:
         """Lease up to `n` messages, waiting up to `wait_s` for the first; an expired lease delivers again."""
+        return self._wait(lambda: self._take_now(queue, n, lease_s), wait_s) or []
+
+    def _wait(self, look: Callable[[], T | None], wait_s: float) -> T | None:
+        """Return what `look` finds, looking again whenever something may have changed, until the time is over."""
         until = time.monotonic() + wait_s
         pause = 0.001
         while True:
             if self._closed:
-                return []
+                return None
             with self._bell:
                 puts = self._puts
             version = self._version()
-            taken = self._take_now(queue, n, lease_s)
-            if taken or wait_s <= 0:
-                return taken
+            found = look()
+            if found or wait_s <= 0:
+                return found
             # Nothing there: sleep until somebody in this process puts, another process commits, or a lease may have expired.
             checks = 0
             while self._version() == version and checks < 10:
                 left = until - time.monotonic()
                 if left <= 0:
-                    return []
+                    return None
                 with self._bell:
                     if self._puts != puts or self._bell.wait(min(left, pause)):
                         break
@@ -242,8 +278,13 @@ class SqliteQueue:
         db.execute("UPDATE message SET state = 1, due_at = ?, deliveries = deliveries + 1 WHERE seq = ?", (until, seq))
         return Delivery(queue, message_id, body, priority, seq, deliveries + 1)
 
-    def claim(self, queue: str, message_id: str, lease_s: float = 30.0) -> Delivery | None:
-        """Lease one message by its id, out of turn; None when it is absent or leased by somebody."""
+    def claim(self, queue: str, message_id: str, lease_s: float = 30.0, wait_s: float = 0.0) -> Delivery | None:
+        """Lease one message by its id, out of turn; None when it is absent, or leased by somebody, for `wait_s`."""
+        return self._wait(lambda: self._claim_now(queue, message_id, lease_s), wait_s)
+
+    def _claim_now(self, queue: str, message_id: str, lease_s: float) -> Delivery | None:
+        if self._closed or self.peek(queue, message_id) is None:
+            return None
         now = self._clock()
         with self._light_lock, _transaction(self._light) as db:
             row = db.execute(

@@ -74,8 +74,8 @@ class Queue(Protocol):
         """Lease up to `n` messages, waiting up to `wait_s` for the first; an expired lease delivers again."""
         ...
 
-    def claim(self, queue: str, message_id: str, lease_s: float = 30.0) -> Delivery | None:
-        """Lease one message by its id, out of turn; None when it is absent or leased by somebody."""
+    def claim(self, queue: str, message_id: str, lease_s: float = 30.0, wait_s: float = 0.0) -> Delivery | None:
+        """Lease one message by its id, out of turn; None when it is absent, or leased by somebody, for `wait_s`."""
         ...
 
     def peek(self, queue: str, message_id: str) -> Delivery | None:

@@ -143,6 +143,28 @@ def test_a_message_can_be_claimed_by_its_id_out_of_turn(queue: SqliteQueue) -> N
     assert ids(queue.take("requests", 5)) == ["a"]
 
 
+def test_a_claim_waits_for_its_message(tmp_path: Path) -> None:
+    queue = SqliteQueue(tmp_path / "queue.db")
+    got: list[object] = []
+    reader = threading.Thread(target=lambda: got.append(queue.claim("results", "mine", wait_s=60)))
+    reader.start()
+    queue.put("results", "another", b"x")
+    queue.put("results", "mine", b"y")
+    reader.join(30)
+    assert [delivery.body for delivery in got] == [b"y"]
+    assert queue.claim("results", "mine", wait_s=0.01) is None
+    queue.close()
+
+
+def test_a_result_queue_that_nobody_reads_keeps_its_newest_messages(tmp_path: Path) -> None:
+    queue = SqliteQueue(tmp_path / "queue.db", max_messages=5, keep_newest={"results": 10})
+    for n in range(30):
+        assert queue.put("results", str(n), b"x")
+    assert ids(queue.take("results", 100)) == [str(n) for n in range(20, 30)]
+    assert not queue.put("results", "3", b"x"), "the id of a dropped message stays known"
+    queue.close()
+
+
 def test_messages_survive_the_process(tmp_path: Path) -> None:
     path = tmp_path / "queue.db"
     code = (
