@@ -34,6 +34,8 @@ class TenantPolicy(BaseModel):
     """Requests in flight at once, open event streams included."""
     max_waiting: int = Field(default=256, ge=1, le=1_000_000)
     """Submissions in the admission window at once."""
+    max_deployed_pods: int = Field(default=4, ge=0, le=1000)
+    """Pods that a user of the tenant may keep warm with one model; operators may more."""
     max_priority: int = Field(default=1000, ge=-1000, le=1000)
     """Highest priority the tenant may ask for; from 100 on a job is urgent."""
 
@@ -87,7 +89,6 @@ class GatewayConfig(BaseModel):
     max_json_bytes: int = Field(default=MIB, ge=1024, le=64 * MIB)
     max_json_depth: int = Field(default=32, ge=4, le=200)
     max_upload_bytes: int = Field(default=64 * MIB, ge=1024, le=4096 * MIB)
-    max_upload_files: int = Field(default=16, ge=1, le=256)
     max_picture_pixels: int = Field(default=16_777_216, ge=64, le=178_956_970)
     check_picture_s: float = Field(default=20.0, gt=0, le=120)
     link_ttl_s: int = Field(default=900, ge=1, le=7 * 86_400)

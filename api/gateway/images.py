@@ -90,7 +90,7 @@ class ImagesResponse(BaseModel):
     response_model=ImagesResponse,
     response_model_exclude_none=True,
     responses={
-        **declared(409, 504, 507),
+        **declared(409, 507),
         200: {"description": "The pictures.", "content": sse.EVENT_CONTENT},
     },
     summary="Generate pictures and wait",

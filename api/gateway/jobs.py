@@ -130,7 +130,7 @@ async def why_job(req_no: ReqNo, known: AnyCaller, parts: GatewayParts) -> Block
         return Blockers(
             data=[Blocker(reason="QUEUED", message="The job's message has not been read from the queue yet.")]
         )
-    return Blockers(data=[Blocker.model_validate(dict(one)) for one in await parts.support.why(known.scope, req_no)])
+    return Blockers(data=[Blocker.model_validate(dict(one)) for one in await parts.support.why(view.tenant, req_no)])
 
 
 @router.get(
@@ -171,7 +171,8 @@ async def compensate_job(
     req_no: ReqNo, body: Compensation, known: AnyCaller, parts: GatewayParts, key: IdempotencyKey = ""
 ) -> Compensated:
     """Deliver the result message again, re-run a dead-lettered task, or give back reserved quota. Idempotent by key, recorded."""
-    done = await parts.support.compensate(known.scope, req_no, body.action, key)
+    view = await parts.submissions.job(known.scope, req_no)
+    done = await parts.support.compensate(view.tenant, req_no, body.action, key)
     log.info("job_compensated", reqNo=req_no, action=body.action, by=known.key_id)
     return Compensated.model_validate({**done, "action": body.action, "req_no": req_no})
 

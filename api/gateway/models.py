@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway.context import AnyCaller, GatewayParts
 from api.gateway.fields import Whole
-from api.gateway.problems import declared
+from api.gateway.problems import Refused, declared
 from api.ports import ModelView
 
 log = structlog.get_logger("gateway")
 router = APIRouter(prefix="/v1", tags=["models"])
-ModelId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,199}$")]
+ModelId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")]
 
 
 class Model(ModelView):
@@ -48,22 +48,21 @@ async def list_models(known: AnyCaller, parts: GatewayParts) -> Models:
     return Models(data=[_model(view) for view in await parts.support.models(known.scope)])
 
 
-@router.get("/models/{model_id}", response_model=Model, responses=declared(), summary="Look at a model")
-async def get_model(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Model:
-    """Return one model."""
-    return _model(await parts.support.model(known.scope, model_id))
-
-
-@router.post("/models/{model_id}/deploy", response_model=Model, responses=declared(409), summary="Keep a model warm")
+@router.post(
+    "/models/{model_id:path}/deploy", response_model=Model, responses=declared(409), summary="Keep a model warm"
+)
 async def deploy(model_id: ModelId, known: AnyCaller, parts: GatewayParts, body: Deployment | None = None) -> Model:
     """Keep Pods with the model warm, so that generation with it starts at once."""
-    view = await parts.support.deploy(known.scope, model_id, body.pods if body else 1)
+    pods, most = body.pods if body else 1, parts.config.tenant(known.tenant).max_deployed_pods
+    if known.role != "operator" and pods > most:
+        raise Refused(403, "too_many_pods", f"pods: this tenant may keep {most} warm at most.", param="pods")
+    view = await parts.support.deploy(known.scope, model_id, pods)
     log.info("model_deployed", model=model_id, by=known.key_id, pods=view.deployed_pods)
     return _model(view)
 
 
 @router.post(
-    "/models/{model_id}/undeploy", response_model=Model, responses=declared(409), summary="Let a model go cold"
+    "/models/{model_id:path}/undeploy", response_model=Model, responses=declared(409), summary="Let a model go cold"
 )
 async def undeploy(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Model:
     """Keep no Pod warm for the model any more."""
@@ -72,12 +71,22 @@ async def undeploy(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> 
     return _model(view)
 
 
-@router.delete("/models/{model_id}", status_code=204, responses=declared(409), summary="Delete a personalised model")
+@router.delete(
+    "/models/{model_id:path}", status_code=204, responses=declared(409), summary="Delete a personalised model"
+)
 async def delete_model(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Response:
     """Delete a model that a training made; 409 while a job uses it."""
     await parts.support.delete_model(known.scope, model_id)
     log.info("model_deleted", model=model_id, by=known.key_id)
     return Response(status_code=204)
+
+
+@router.get("/models/{model_id:path}", response_model=Model, responses=declared(), summary="Look at a model")
+async def get_model(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Model:
+    """Return one model."""
+    if model_id.endswith(("/deploy", "/undeploy")):
+        raise Refused(405, "method_not_allowed", "Only POST is possible here.", headers={"Allow": "POST"})
+    return _model(await parts.support.model(known.scope, model_id))
 
 
 def _model(view: ModelView) -> Model:

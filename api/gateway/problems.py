@@ -147,7 +147,7 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
-        if error.status_code == 405:
+        if error.status_code == 405 and not isinstance(error, Refused):
             headers["Allow"] = _allowed(request) or headers.get("Allow", "GET")
         if isinstance(error, Refused):
             return problem_response(
@@ -171,7 +171,7 @@ def install(app: FastAPI) -> None:
 
     async def support_refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, SupportRefused)
-        headers = no_retry() if error.status == 409 else {"Retry-After": "1"} if error.status in (429, 503) else {}
+        headers = no_retry() if error.status == 409 else {"Retry-After": "1"} if error.status in (429, 503, 504) else {}
         return problem_response(request, error.status, error.message, code=error.code, headers=headers)
 
     async def support_away(request: Request, error: Exception) -> Response:
@@ -188,13 +188,13 @@ def install(app: FastAPI) -> None:
 def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI entries of the refusals that a route may answer with, besides those common to all."""
     content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    common = (400, 401, 403, 404, 405, 413, 415, 422, 429, 500, 503)
+    common = (400, 401, 403, 404, 405, 413, 415, 422, 429, 500, 503, 504)
     return {status: {"description": _title(status), "content": content} for status in (*common, *statuses)}
 
 
 def _allowed(request: Request) -> str:
     """Return the methods of all routes at this path; the framework names only those of the first."""
-    template = str(getattr(request.scope.get("route"), "path", ""))
+    template = str(getattr(request.scope.get("route"), "path", "")).replace(":path}", "}")
     return ", ".join(sorted(method.upper() for method in request.app.openapi()["paths"].get(template, {})))
 
 

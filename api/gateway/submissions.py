@@ -161,23 +161,21 @@ class Submissions:
                 raise
             return JobView.model_validate_json(kept[1])
 
-    async def until_read(self, scope: str, req_no: str, wait_s: float | None = None) -> JobView:
-        """Return a job once SS has read its message; raises SupportRefused 404, or 503 when that takes too long."""
-        deadline = self._clock_s() + (self._config.queued_wait_s if wait_s is None else wait_s)
+    async def cancel(self, scope: str, req_no: str) -> JobView:
+        """Cancel a job; returns when it is certain. A job whose message SS has not read yet is waited for, up to a limit."""
+        deadline = self._clock_s() + self._config.queued_wait_s
         while True:
-            view = await self.job(scope, req_no)
-            if view.state != "queued":
-                return view
+            tenant = (await self.job(scope, req_no)).tenant
+            try:
+                return await self._support.cancel(tenant, req_no)
+            except SupportRefused as refused:
+                if refused.status != 404:
+                    raise
             if self._clock_s() >= deadline:
                 raise SupportRefused(
                     503, "still_queued", "The job's message has not been read from the queue yet; try again."
                 )
             await asyncio.sleep(self._config.poll_s)
-
-    async def cancel(self, scope: str, req_no: str) -> JobView:
-        """Cancel a job; returns when it is certain."""
-        await self.until_read(scope, req_no)
-        return await self._support.cancel(scope, req_no)
 
     async def events(self, scope: str, req_no: str, after: int = 0) -> AsyncGenerator[JobEvent, None]:
         """Stream the changes of a job, from the queue on."""
@@ -186,7 +184,7 @@ class Submissions:
             yield JobEvent(event_id=0, kind="queued", at=view.submitted_at, view=view)
             while (await self.job(scope, req_no)).state == "queued":
                 await asyncio.sleep(self._config.poll_s)
-        async for event in self._support.events(scope, req_no, after):
+        async for event in self._support.events(view.tenant, req_no, after):
             yield event
 
     async def _known(self, caller: Caller, req_no: str, fingerprint: str) -> JobView | None:

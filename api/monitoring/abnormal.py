@@ -101,9 +101,9 @@ class AbnormalityDetector:
         """Note the end of an attempt of a method."""
         self._of(method).ends.append((now, failed))
 
-    def predicted(self, method: str, *, p90_us: Micros, actual_us: Micros) -> None:
-        """Note a finished run beside its predicted P90."""
-        self._of(method).exceeded.append(actual_us > p90_us)
+    def predicted(self, method: str, *, exceeded: bool) -> None:
+        """Note whether a finished run took longer than its predicted P90."""
+        self._of(method).exceeded.append(exceeded)
 
     def look(
         self,

@@ -12,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from api.monitoring.abnormal import AbnormalityDetector, TaskSeen
 from api.monitoring.metrics import Metrics
-from api.ports import JobEvent
+from api.ports import JobEvent, JobView
 from engine.commands import Command, Notify
 from engine.events import Event, TaskEstimated, TaskFinished, TaskSubmitted
 from engine.tasks import SECOND, TERMINAL_STATES, Estimate, Micros, TaskState
@@ -38,6 +38,7 @@ class MetricsFold:
         self._detector = detector
         self._max_live = max_live
         self._live: dict[str, _Live] = {}
+        self._held: dict[str, list[int]] = {}
         self.steps = Counter("aigc_scheduler_steps", "Steps of the engine.", registry=registry)
         self.step_seconds = Histogram(
             "aigc_scheduler_step_duration_seconds",
@@ -93,15 +94,21 @@ class MetricsFold:
 
     __call__ = step
 
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Return by method how many runs kept to their predicted P90 and how many took longer, for `SupportPort.queue`."""
+        return {method: {"held": held, "exceeded": exceeded} for method, (held, exceeded) in list(self._held.items())}
+
     def _finished(self, event: TaskFinished) -> None:
         task = self._live.get(event.req_no)
         if task is None or task.estimate is None or event.run_us <= 0:
             return
         quantiles = task.estimate.duration()
         self.residual.labels(task.method).observe(event.run_us / max(1, quantiles.p50))
-        self.covered.labels(task.method, "yes" if event.run_us <= quantiles.p90 else "no").inc()
+        held = event.run_us <= quantiles.p90
+        self.covered.labels(task.method, "yes" if held else "no").inc()
+        self._held.setdefault(task.method, [0, 0])[0 if held else 1] += 1
         if self._detector is not None:
-            self._detector.predicted(task.method, p90_us=quantiles.p90, actual_us=event.run_us)
+            self._detector.predicted(task.method, exceeded=not held)
 
     def _notified(self, now: Micros, notice: Notify) -> None:
         self.states.labels(notice.state.value, notice.reason[:64]).inc()
@@ -164,6 +171,14 @@ class JobsFold:
                     self.run_seconds.labels(view.method).observe(max(0.0, view.finished_at - view.started_at))
         elif key in self.live or len(self.live) < self._max_live:
             self.live[key] = TaskSeen(view.req_no, view.state, at, view.method)
+
+    def seed(self, view: JobView, now_s: float) -> None:
+        """Take in a live job that was there before; its patience starts anew where its last step is not known."""
+        since = view.submitted_at if view.state in ("queued", "pending", "backoff") else now_s
+        if len(self.live) < self._max_live:
+            self.live.setdefault(
+                (view.tenant, view.req_no), TaskSeen(view.req_no, view.state, int(since * SECOND), view.method)
+            )
 
     def gauges(self) -> None:
         """Bring the gauges of live jobs up to date."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 import threading
 from collections import deque
@@ -130,7 +131,8 @@ def configure_logging(
 class FileTail:
     """Reads the JSON lines that other processes append to log files into a ring.
 
-    It starts at the end of files that were there before, and follows a file that was replaced.
+    It starts at the end of files that were there before, and follows a file that was replaced. The file that this process writes
+    its own lines to is left out, for those are in the ring already.
     """
 
     def __init__(self, directory: Path, ring: LogRing, pattern: str = "*.log", max_line_bytes: int = 65_536) -> None:
@@ -154,6 +156,8 @@ class FileTail:
 
     def _read(self, path: Path) -> int:
         status = path.stat()
+        if status.st_ino == _own_inode():
+            return 0
         inode, place = self._places.get(path, (status.st_ino, 0))
         if inode != status.st_ino or status.st_size < place:
             inode, place = status.st_ino, 0
@@ -168,6 +172,13 @@ class FileTail:
             self._ring.add(_parsed(line, path.stem))
         self._places[path] = (inode, place + whole)
         return len(lines)
+
+
+def _own_inode() -> int:
+    try:
+        return os.fstat(2).st_ino
+    except OSError:
+        return -1
 
 
 def _parsed(line: bytes, module: str) -> dict[str, Any]:

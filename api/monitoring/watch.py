@@ -19,6 +19,9 @@ from engine.tasks import SECOND
 
 log = structlog.get_logger("monitoring")
 _MAX_NODES = 20_000
+_MAX_SEED = 20_000
+_LIVE = ("pending", "bound", "starting", "running", "stopping", "backoff")
+_DOWN = ("down", "lost", "gone")
 
 
 class Watch:
@@ -43,17 +46,24 @@ class Watch:
         self._tasks: list[asyncio.Task[None]] = []
         self._alerts: tuple[Alert, ...] = ()
         self._refreshed_at: float | None = None
+        self._seen_up: dict[str, float] = {}
+        self._judged: dict[str, tuple[int, int]] = {}
         registry = metrics.registry
         self.up = Gauge("aigc_module_up", "Whether a module works.", ("module",), registry=registry)
         self.nodes = Gauge("aigc_nodes", "Nodes by state.", ("state",), registry=registry)
         self.gpus = Gauge(
             "aigc_node_gpus", "GPUs by node, model and health.", ("node", "model", "healthy"), registry=registry
         )
-        self.gpu_busy = Gauge("aigc_gpu_busy_ratio", "How busy a GPU is.", ("node", "gpu"), registry=registry)
-        self.gpu_used = Gauge(
-            "aigc_gpu_memory_used_bytes", "Memory in use on a GPU.", ("node", "gpu"), registry=registry
-        )
-        self.gpu_total = Gauge("aigc_gpu_memory_bytes", "Memory of a GPU.", ("node", "gpu"), registry=registry)
+        self._gpu_gauges = [
+            (Gauge(name, text, ("node", "gpu"), registry=registry), field, unit)
+            for name, text, field, unit in (
+                ("aigc_gpu_busy_ratio", "How busy a GPU is.", "busy_permille", 0.001),
+                ("aigc_gpu_memory_bytes", "Memory of a GPU.", "memory_bytes", 1.0),
+                ("aigc_gpu_memory_used_bytes", "Memory in use on a GPU.", "memory_used_bytes", 1.0),
+                ("aigc_gpu_memory_free_bytes", "Memory of a GPU that no Pod holds.", "memory_free_bytes", 1.0),
+                ("aigc_gpu_share_free_ratio", "Share of a GPU that no Pod holds.", "share_free", 0.001),
+            )
+        ]
         self.pods = Gauge("aigc_pods", "Pods by method and state.", ("method", "state"), registry=registry)
         self.queue = Gauge("aigc_queue", "Figures of queue and engine, by name.", ("name",), registry=registry)
         self.alerting = Gauge(
@@ -91,11 +101,42 @@ class Watch:
         with contextlib.suppress(Exception):
             nodes = (await self._support.nodes())[:_MAX_NODES]
         self._show_nodes(nodes)
-        for name, value in flat(await _or_empty(self._support.queue())):
+        queue = await _or_empty(self._support.queue())
+        for name, value in flat(queue):
             self.queue.labels(name).set(value)
+        self._judge(queue.get("predictions"))
         self.jobs.gauges()
-        seen = [_node_seen(node, now) for node in nodes]
+        seen = self._nodes_seen(nodes, now)
         self._announce(self.detector.look(int(now * SECOND), list(self.jobs.live.values()), seen, modules))
+
+    def _nodes_seen(self, nodes: Sequence[Mapping[str, Any]], now: float) -> list[NodeSeen]:
+        """Return the nodes with the time each was last known to be up; one that is drained may go."""
+        names = {str(node.get("name", "")) for node in nodes}
+        self._seen_up = {name: at for name, at in self._seen_up.items() if name in names}
+        seen = []
+        for node in nodes:
+            name, heard = str(node.get("name", "")), node.get("heard_at")
+            if isinstance(heard, (int, float)) and heard > 0:
+                self._seen_up[name] = float(heard)
+            elif node.get("state") not in _DOWN or name not in self._seen_up:
+                self._seen_up[name] = now
+            expected = not node.get("draining", False)
+            seen.append(NodeSeen(name, int(self._seen_up[name] * SECOND), expected))
+        return seen
+
+    def _judge(self, predictions: Any) -> None:
+        """Tell the detector of the runs that ended since the last look, from the scheduler's `MetricsFold.summary`."""
+        if not isinstance(predictions, Mapping):
+            return
+        for method, counts in predictions.items():
+            held, exceeded = int(counts.get("held", 0)), int(counts.get("exceeded", 0))
+            before = self._judged.get(str(method), (held, exceeded))
+            if held < before[0] or exceeded < before[1]:
+                before = (0, 0)
+            self._judged[str(method)] = (held, exceeded)
+            for kind, count in ((False, held - before[0]), (True, exceeded - before[1])):
+                for _ in range(min(count, 1000)):
+                    self.detector.predicted(str(method), exceeded=kind)
 
     def _announce(self, alerts: tuple[Alert, ...]) -> None:
         known = {(alert.kind, alert.subject) for alert in self._alerts}
@@ -110,17 +151,17 @@ class Watch:
             self.alerting.labels(alert.kind, alert.severity).inc()
 
     def _show_nodes(self, nodes: Sequence[Mapping[str, Any]]) -> None:
-        for gauge in (self.nodes, self.gpus, self.gpu_busy, self.gpu_used, self.gpu_total, self.pods):
-            gauge.clear()
+        for shown in (self.nodes, self.gpus, self.pods, *(gauge for gauge, _, _ in self._gpu_gauges)):
+            shown.clear()
         for node in nodes:
             name = str(node.get("name", ""))
             self.nodes.labels(str(node.get("state", "unknown"))).inc()
             for gpu in node.get("gpus") or ():
                 uuid = str(gpu.get("uuid", ""))
                 self.gpus.labels(name, str(gpu.get("model", "")), "yes" if gpu.get("healthy", True) else "no").inc()
-                self.gpu_busy.labels(name, uuid).set(_number(gpu, "busy_permille") / 1000)
-                self.gpu_used.labels(name, uuid).set(_number(gpu, "memory_used_bytes"))
-                self.gpu_total.labels(name, uuid).set(_number(gpu, "memory_bytes"))
+                for gauge, field, unit in self._gpu_gauges:
+                    if field in gpu:
+                        gauge.labels(name, uuid).set(_number(gpu, field) * unit)
             for pod in node.get("pods") or ():
                 if isinstance(pod, Mapping):
                     self.pods.labels(str(pod.get("method", "")), str(pod.get("state", ""))).inc()
@@ -135,10 +176,25 @@ class Watch:
                 log.exception("watch_failed")
             await asyncio.sleep(min(self._every_s, 1.0) if self._tail is not None else self._every_s)
 
+    async def _seed(self) -> None:
+        """Take in the jobs that were live before this process began to follow."""
+        for state in _LIVE:
+            cursor, count = "", 0
+            while count < _MAX_SEED:
+                page, cursor = await self._support.jobs("*", limit=100, cursor=cursor, state=state)
+                for view in page:
+                    self.jobs.seed(view, self._clock_s())
+                count += len(page)
+                if not cursor:
+                    break
+
     async def _follow(self) -> None:
-        after = 0
+        after, seeded = 0, False
         while True:
             try:
+                if not seeded:
+                    await self._seed()
+                    seeded = True
                 async for event in self._support.events("*", "", after):
                     after = max(after, event.event_id)
                     self.jobs.fold(event)
@@ -157,12 +213,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[tupl
         elif isinstance(value, (int, float)):
             rows.append((path, float(value)))
     return rows[:1000]
-
-
-def _node_seen(node: Mapping[str, Any], now_s: float) -> NodeSeen:
-    heard = node.get("heard_at")
-    at = heard if isinstance(heard, (int, float)) and heard > 0 else now_s
-    return NodeSeen(str(node.get("name", "")), int(at * SECOND), str(node.get("state", "")) not in ("lost", "gone"))
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:
