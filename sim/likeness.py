@@ -104,7 +104,9 @@ def table(trace: Path | None, seeds: int = 9) -> str:
     for name, published in GENTD26.items():
         found = sorted(run[name] for run in runs)
         held = f"{here[name]:.2f}" if name in here else "-"
-        lines.append(f"| {name} | {published:.2f} | {held} | {found[seeds // 2]:.2f} | {found[0]:.2f} - {found[-1]:.2f} |")
+        lines.append(
+            f"| {name} | {published:.2f} | {held} | {found[seeds // 2]:.2f} | {found[0]:.2f} - {found[-1]:.2f} |"
+        )
     return "\n".join(lines)
 
 

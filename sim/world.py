@@ -41,6 +41,8 @@ from sim.workload import Arrival, Truth, Workload
 __all__ = ["SimWorld", "run"]
 
 _LORAS_PER_POD = 8
+_EPSILON = 1e-6
+"""A step counts as done at its end, however floating point rounds."""
 _STOP_SAVE_US = 200_000
 """Time to write a checkpoint or latents down when an attempt is told to stop and keep them."""
 
@@ -395,7 +397,7 @@ class SimWorld:
             return
         req_no, number, rank = attempt.key
         steps = self._steps(attempt.task)
-        done = int(attempt.done_share(self.now()) * steps)
+        done = int(attempt.done_share(self.now()) * steps + _EPSILON)
         self.emit(TaskProgressed(req_no, number, done, steps, rank))
         self.after(gap, self._report_progress, attempt, gap)
 
@@ -433,7 +435,7 @@ class SimWorld:
         checkpoint = ""
         if keep:
             steps = self._steps(attempt.task)
-            done = int(attempt.done_share(self.now()) * steps) / steps
+            done = int(attempt.done_share(self.now()) * steps + _EPSILON) / steps
             checkpoint = f"sim:{req_no}/{number}/{round(done * steps)}-of-{steps}"
             self._checkpoints.setdefault(req_no, {})[checkpoint] = done
         self._leave(attempt)
