@@ -56,12 +56,19 @@ class Attempt:
         self._orders = orders
         self._models = models
         self._store = store
-        self._directory = cleared(Path(spec.directory) / order.directory_name)
+        self._directory = Path(spec.directory) / order.directory_name
+        self._output_dir: Path | None = None
         self._unsent: tuple[int, int, str] | None = None
         self._sent_at = -PROGRESS_PERIOD_S
         self.device = spec.device
-        self.output_dir = cleared(self._directory / "out")
         self.checkpoint = self._restored(order.checkpoint)
+
+    @property
+    def output_dir(self) -> Path:
+        """An empty directory of the attempt's own, made when it is first asked for: many a short run writes nothing."""
+        if self._output_dir is None:
+            self._output_dir = cleared(self._directory / "out")
+        return self._output_dir
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Report progress, at most once in PROGRESS_PERIOD_S; what is held back then is sent with the next, or at the end."""
@@ -118,6 +125,7 @@ class Attempt:
 
     def keep_checkpoint(self, checkpoint: Path) -> str:
         """Put a checkpoint directory into the file store as one archive; returns its file id."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         archive = self._directory / "checkpoint.tar"
         with tarfile.open(archive, "w") as tar:
             for path in sorted(checkpoint.rglob("*")):
@@ -186,6 +194,8 @@ class Attempts:
 
     def _remove_directory(self, order: Order) -> None:
         directory = Path(self._spec.directory) / order.directory_name
+        if not directory.exists():
+            return
         shutil.rmtree(directory, ignore_errors=True)
         try:
             directory.parent.rmdir()

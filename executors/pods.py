@@ -151,21 +151,10 @@ class LocalPodHost:
                 PodDown(order.pod, FailureCause.GPU_LOST, f"GPU {missing[0]} is not on this node any more")
             )
             return
-        environment = self._plugin.environment(order.gpus)
-        device = "cuda" if order.gpus and environment.get("CUDA_VISIBLE_DEVICES") else "cpu"
-        directory = self._pods_dir / str(order.pod)
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        limits = _limits(order, device)
-        box = self.limiter.make(str(order.pod), limits)
-        if device == "cuda" and isinstance(box, ProcessLimits):
-            box = ProcessLimits()  # CUDA reserves more private memory than it uses: RLIMIT_DATA would forbid it.
-        ours, theirs = socket.socketpair()
-        nursery = self._nursery("light" if order.method in LIGHT_METHODS or order.method in self._methods else "torch")
-        pod = _Pod(order, nursery, Channel(ours), box, limits, directory, time.monotonic() + self._load_limit_s)
-        self._pods[order.pod] = pod
-        pod.channel.send({"op": "spec", "spec": asdict(self._spec(pod, environment, device))})
-        nursery.create(order.pod, theirs)
+        try:
+            self._begin(order)
+        except OSError as error:
+            self._reports.append(PodDown(order.pod, FailureCause.POD_LOST, f"the Pod cannot be created: {error}"))
 
     def start(
         self, pod: int, req_no: str, attempt: int, parameters: Mapping[str, Any], checkpoint: str = "", rank: int = 0
@@ -277,6 +266,23 @@ class LocalPodHost:
         self._lock.close()
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, order: PodOrder) -> None:
+        environment = self._plugin.environment(order.gpus)
+        device = "cuda" if order.gpus and environment.get("CUDA_VISIBLE_DEVICES") else "cpu"
+        directory = self._pods_dir / str(order.pod)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        limits = _limits(order, device)
+        box = self.limiter.make(str(order.pod), limits)
+        if device == "cuda" and isinstance(box, ProcessLimits):
+            box = ProcessLimits()  # CUDA reserves more private memory than it uses: RLIMIT_DATA would forbid it.
+        ours, theirs = socket.socketpair()
+        nursery = self._nursery("light" if order.method in LIGHT_METHODS or order.method in self._methods else "torch")
+        pod = _Pod(order, nursery, Channel(ours), box, limits, directory, time.monotonic() + self._load_limit_s)
+        self._pods[order.pod] = pod
+        pod.channel.send({"op": "spec", "spec": asdict(self._spec(pod, environment, device))})
+        nursery.create(order.pod, theirs)
 
     def _nursery(self, kind: str) -> Nursery:
         nursery = self._nurseries.get(kind)

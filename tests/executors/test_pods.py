@@ -385,6 +385,15 @@ def test_a_pod_that_cannot_be_says_why(bench: Bench, order: PodOrder, cause: Fai
     assert list((bench.work_dir / "pods").iterdir()) == []
 
 
+def test_a_pod_that_cannot_be_created_at_all_is_reported_down(bench: Bench) -> None:
+    (bench.work_dir / "pods").rmdir()
+    (bench.work_dir / "pods").write_text("in the way")
+    bench.host.create(PodOrder(1, "sleep"))
+    down = bench.expect(PodDown)
+    assert down.cause is FailureCause.POD_LOST
+    assert "cannot be created" in down.detail
+
+
 @pytest.mark.parametrize("crash", [False, True])
 def test_nothing_of_a_dead_pod_lives_not_even_what_fled_its_group(bench: Bench, tmp_path: Path, crash: bool) -> None:
     note = tmp_path / "pids.json"
