@@ -104,7 +104,7 @@ class DreamBoothParameters(_Parameters):
     pictures: tuple[FileId, ...] = Field(min_length=3, max_length=5)
     """File ids of 3 to 5 uploaded pictures of the subject."""
     category: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z][A-Za-z -]*$")
-    """The class noun: what the subject is one of, like ``dog``."""
+    """The class noun: what the subject is one of, like `dog`."""
     instance_token: str = Field("sks", min_length=2, max_length=20, pattern=r"^[a-z0-9]+$")
     """The rare word that will name the subject in prompts: "a photo of sks dog"."""
     base_model: ModelId = "tiny"
