@@ -35,13 +35,16 @@ class WarmSet:
 class Kind:
     """Pods that can stand in for each other: the same method, model, slots and demand besides GPU memory."""
 
-    __slots__ = ("lines", "sets")
+    __slots__ = ("awake", "key", "lines", "sets")
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
+        self.key = key
+        """What kinds are sorted by."""
         self.sets: list[WarmSet] = []
         """By rising cap."""
         self.lines: dict[tuple[int, int], WarmLine] = {}
         """(needed memory per GPU, node's row or -1) -> line."""
+        self.awake: dict[WarmLine, None] = {}
 
     def set_of(self, cap: int) -> WarmSet:
         """Return the set of a cap, made on first sight."""
@@ -52,6 +55,13 @@ class Kind:
         self.sets.append(made)
         self.sets.sort(key=lambda each: each.cap)
         return made
+
+    def offers(self, need: int) -> bool:
+        """Tell whether any Pod with this much memory offers a slot."""
+        for each in self.sets:
+            if each.by_node and each.cap >= need:
+                return True
+        return False
 
 
 class WarmLine(Line):
@@ -111,8 +121,14 @@ class Backlog:
         self.room_lines: dict[tuple[Demand, bool, int, int], RoomLine] = {}
         self.bound: dict[int, dict[RoomLine, None]] = {}
         """Room lines of one node, by its row."""
-        self.active: dict[Line, None] = {}
-        """Lines that something may be free for."""
+        self.kinds_awake: dict[Kind, None] = {}
+        """Kinds with warm lines that a slot may be free for."""
+        self.active: dict[RoomLine, None] = {}
+        """Room lines that room may be free for."""
+        self.woken: dict[RoomLine, None] = {}
+        """Room lines that were woken or got a task since the placement looked last."""
+        self.open_rooms: dict[RoomLine, None] = {}
+        """Room lines for which any node will do."""
         self.parked: Parked = {}
         """Tenant -> lines in which tasks of it may be parked."""
         self.idle: dict[int, Pod] = {}
@@ -141,6 +157,9 @@ class Backlog:
         self.room_lines.clear()
         self.bound.clear()
         self.active.clear()
+        self.kinds_awake.clear()
+        self.woken.clear()
+        self.open_rooms.clear()
         self.parked.clear()
         self.idle.clear()
         self.by_model.clear()
@@ -192,9 +211,7 @@ class Backlog:
         task.lines = lines
         for line in lines:
             line.push(task, band, key, accounts, self._ticket)
-            if not line.active:
-                line.active = True
-                self.active[line] = None
+            self.wake(line)
         if band and ordering.age_us:
             heappush(self.ages, (task.submitted_at + ordering.age_us, task.seq, self._ticket, task))
             if len(self.ages) > 1024 + 2 * self.state.pending:
@@ -289,14 +306,27 @@ class Backlog:
 
     def wake(self, line: Line) -> None:
         """Let a line be looked at."""
-        if not line.active:
-            line.active = True
+        line.active = True
+        if isinstance(line, WarmLine):
+            line.kind.awake[line] = None
+            self.kinds_awake[line.kind] = None
+        else:
+            assert isinstance(line, RoomLine)
             self.active[line] = None
+            self.woken[line] = None
 
     def sleep(self, line: Line) -> None:
         """Let a line be until something is free for it."""
         line.active = False
-        del self.active[line]
+        if isinstance(line, WarmLine):
+            awake = line.kind.awake
+            del awake[line]
+            if not awake:
+                del self.kinds_awake[line.kind]
+        else:
+            assert isinstance(line, RoomLine)
+            del self.active[line]
+            self.woken.pop(line, None)
 
     def promote(self, now: Micros) -> None:
         """Move tasks that have waited long enough to the first band."""
@@ -325,26 +355,28 @@ class Backlog:
                     self.wake(line)
                 else:
                     self._drop_room_line(line)
-        for line in list(self.room_lines.values()):
-            if line.node >= 0 or line.active:
+        for line in list(self.open_rooms):
+            if line.active:
                 continue
             if not line.live:
                 self._drop_room_line(line)
             elif line.members > 1 or line.fit.best() is not None:
                 self.wake(line)
 
-    def pick_warm(self, shape: Shape, task: Task, row: int) -> Pod | None:
+    def pick_warm(self, line: WarmLine, task: Task) -> Pod | None:
         """Return the warm Pod for a task: on its group's node if there is one, else the one that slots are taken from next."""
-        group = task.group
+        group, row = task.group, line.node
         prefer = row
         if row < 0 and group is not None and group.node is not None and self.prefers_group_node(task):
             prefer = group.node.index
         found = None
-        for warm in shape.kind.sets:
-            if warm.cap < shape.need or not warm.by_node:
+        for warm in line.kind.sets:
+            if warm.cap < line.need or not warm.by_node:
                 continue
             if prefer >= 0 and prefer in warm.by_node:
-                here = [p for p in warm.by_node[prefer].values() if p.node.exclusive in (None, group)]
+                here = [p for p in warm.by_node[prefer].values() if p.node.exclusive is None or p.node.exclusive is group]
+                if len(here) == 1:
+                    return here[0]
                 if here:
                     return min(here, key=lambda p: (p.state is PodState.CREATING, p.offered, p.number))
             if row < 0 and found is None:
@@ -401,7 +433,7 @@ class Backlog:
     def where(self, task: Task, shape: Shape) -> tuple[int, bool]:
         """Return the row of the only node that will do (-1: any), and whether the node must be empty.
 
-        A strict or exclusive group keeps its tasks on its node, unless that could never hold the task; then the group moves with it.
+        A strict or exclusive group keeps its tasks on its node; if that could never hold a task, the group moves with it.
         """
         group = task.group
         if group is None:
@@ -417,7 +449,7 @@ class Backlog:
         key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
         kind = self.kinds.get(key)
         if kind is None:
-            kind = self.kinds[key] = Kind()
+            kind = self.kinds[key] = Kind(repr(key))
         return kind
 
     def _room_line(self, demand: Demand, empty: bool, row: int, members: int) -> RoomLine:
@@ -427,6 +459,8 @@ class Backlog:
             line = self.room_lines[key] = RoomLine(self.fit(demand, empty), row, members, self.parked, self._common)
             if row >= 0:
                 self.bound.setdefault(row, {})[line] = None
+            else:
+                self.open_rooms[line] = None
         return line
 
     def _drop_room_line(self, line: RoomLine) -> None:
@@ -439,6 +473,8 @@ class Backlog:
             del self.bound[line.node][line]
             if not self.bound[line.node]:
                 del self.bound[line.node]
+        else:
+            del self.open_rooms[line]
 
     def _top(self, warm: WarmSet) -> Pod | None:
         heap = warm.heap

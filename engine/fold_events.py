@@ -86,6 +86,7 @@ def task_revived(state: State, now: Micros, e: ev.TaskRevived) -> None:
     task.cancel_requested = False
     task.retry_at = None
     task.submitted_at = now
+    task.group = state.group(task.tenant, task.spec.group)
     revive_group(state, task)
     state.agenda.append((agenda.SUBMITTED, task))
 

@@ -236,7 +236,6 @@ def revive_group(state: State, task: Task) -> None:
         return
     if group.live == 0:
         state.idle_groups.pop((group.tenant.name, group.name), None)
-        state.groups.setdefault((group.tenant.name, group.name), group)
     group.live += 1
 
 

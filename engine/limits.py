@@ -21,7 +21,8 @@ class Limits:
     """Cap on every task's own `max_attempts`."""
     preemptions_per_task: int = 3
     preemptions_per_step: int = 64
-    placements_per_step: int = 100_000
+    commands_per_step: int = 200_000
+    """A step that has given this many orders ends, and the next one goes on at once."""
     events_per_step: int = 1_000_000
     claims: int = 1_000
     """Tasks for which room is being made at one time."""

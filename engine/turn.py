@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.backlog import Backlog
+from engine.backlog import Backlog, RoomLine
 from engine.commands import Command, DeletePod, Notify
 from engine.entities import Deployment, Pod, Task
 from engine.limits import Limits
+from engine.lines import Rank
 from engine.profile import Profile
 from engine.reasons import Reason
 from engine.state import State
@@ -17,7 +18,7 @@ from engine.tasks import Micros, PodState, TaskState
 class Turn:
     """Collects the orders of one step; each is applied to the state the moment it is given."""
 
-    __slots__ = ("backlog", "commands", "limits", "more", "now", "profile", "reasons", "state")
+    __slots__ = ("backlog", "cold", "commands", "limits", "more", "now", "profile", "reasons", "state")
 
     def __init__(
         self, state: State, backlog: Backlog, profile: Profile, reasons: dict[Reason, int], now: Micros
@@ -29,6 +30,8 @@ class Turn:
         self.reasons = reasons
         self.now = now
         self.commands: list[Command] = []
+        self.cold: dict[RoomLine, tuple[Rank, Task, int]] = {}
+        """Who is next in lines that sleep, as of the first time it was asked in this step, with the task's ticket."""
         self.more = False
         """A bound cut this step short: there is more to decide at once."""
 

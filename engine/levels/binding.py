@@ -2,62 +2,104 @@
 
 from __future__ import annotations
 
-from engine.backlog import RoomLine, Shape, WarmLine
+from heapq import heappop, heappush, heapreplace
+
+from engine.backlog import Kind, RoomLine, Shape, WarmLine
 from engine.cluster import pick_gpus
 from engine.commands import Notify, PrefetchModel, Room, StartTask
 from engine.entities import Node, Pod, Task
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import make_room
-from engine.lines import Line, Rank
+from engine.lines import Rank
 from engine.reasons import Reason
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 
 
 def place(turn: Turn) -> None:
-    """Place waiting tasks, the next one first, until nothing more fits; then make room by reclaiming idle Pods."""
+    """Place waiting tasks until nothing more fits: in warm Pods first, then in new ones, then where idle Pods can make room.
+
+    Kinds of warm Pods do not compete with each other, so each is served by itself, in the order of their keys; room is what all
+    compete for, so there the next one of all lines is served.
+    """
     backlog = turn.backlog
     backlog.wake_by_changes()
-    placed = 0
+    backlog.woken.clear()
+    backlog.woken.update(backlog.active)
+    turns = Turns(turn)
     while True:
-        while backlog.active:
-            if placed >= turn.limits.placements_per_step:
-                turn.more = True
-                return
-            best = _next(turn)
-            if best is None:
-                break
-            line, rank, task = best
-            if isinstance(line, WarmLine):
-                done = _place_warm(turn, line, rank, task)
-            else:
-                assert isinstance(line, RoomLine)
-                done = _place_new(turn, line, task)
-            if done:
-                placed += 1
-            else:
+        for kind in sorted(backlog.kinds_awake, key=lambda kind: kind.key):
+            _serve_kind(turn, kind)
+        best = turns.next()
+        if best is not None:
+            line, task = best
+            if not _place_new(turn, line, task):
                 backlog.sleep(line)
-        if not reclaim(turn):
+        elif not reclaim(turn):
+            return
+        if len(turn.commands) >= turn.limits.commands_per_step:
+            turn.more = True
             return
 
 
-def _next(turn: Turn) -> tuple[Line, Rank, Task] | None:
-    """Return the awake line with the task that is next; lines where nobody waits go to sleep."""
-    best: tuple[Line, Rank, Task] | None = None
-    for line in list(turn.backlog.active):
-        head = line.head()
-        if head is None:
-            turn.backlog.sleep(line)
-        elif best is None or head[0] < best[1] or (head[0] == best[1] and isinstance(line, WarmLine)):
-            best = (line, head[0], head[1])
-    return best
+def _serve_kind(turn: Turn, kind: Kind) -> None:
+    """Fill the free slots of one kind of warm Pods with whoever is next among its lines."""
+    backlog, awake = turn.backlog, kind.awake
+    while awake and len(turn.commands) < turn.limits.commands_per_step:
+        best: tuple[Rank, Task, WarmLine] | None = None
+        for line in list(awake):
+            head = line.head() if kind.offers(line.need) else None
+            if head is None:
+                backlog.sleep(line)
+            elif best is None or head[0] < best[0]:
+                best = (head[0], head[1], line)
+        if best is not None and not _place_warm(turn, best[2], best[0], best[1]):
+            backlog.sleep(best[2])
+
+
+class Turns:
+    """Who is next among the room lines that are awake, in a lazy heap: inside a step ranks only grow, unless a line is woken anew."""
+
+    __slots__ = ("_backlog", "_heap", "_order")
+
+    def __init__(self, turn: Turn) -> None:
+        self._backlog = turn.backlog
+        self._heap: list[tuple[Rank, int, RoomLine]] = []
+        self._order = 0
+
+    def next(self) -> tuple[RoomLine, Task] | None:
+        """Return the line whose head is next, with the head; lines where nobody waits go to sleep."""
+        heap, backlog = self._heap, self._backlog
+        if backlog.woken:
+            for line in list(backlog.woken):
+                self._push(line)
+            backlog.woken.clear()
+        while heap:
+            rank, order, line = heap[0]
+            head = line.head() if line.active else None
+            if head is None:
+                heappop(heap)
+                if line.active:
+                    backlog.sleep(line)
+            elif head[0] != rank:
+                heapreplace(heap, (head[0], order, line))
+            else:
+                return line, head[1]
+        return None
+
+    def _push(self, line: RoomLine) -> None:
+        head = line.head() if line.active else None
+        if head is not None:
+            self._order += 1
+            heappush(self._heap, (head[0], self._order, line))
+        elif line.active:
+            self._backlog.sleep(line)
 
 
 def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     """Bind a task to a slot of a warm Pod, unless another that has waited much longer takes the Pod's room."""
-    shape = turn.backlog.shape_of(task)
-    pod = turn.backlog.pick_warm(shape, task, line.node)
+    pod = turn.backlog.pick_warm(line, task)
     if pod is None:
         return False
     if not pod.tasks and turn.profile.reclaim_idle and _yield_to_cold(turn, rank, task):
@@ -114,12 +156,16 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
 
 def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
     """Give an idle Pod's room to a task that ranks before the one the Pod would serve, if that has waited long enough."""
-    backlog = turn.backlog
     best: tuple[Rank, Task, RoomLine] | None = None
-    for line in backlog.room_lines.values():
-        if line.live and not line.active and line.node < 0 and line.members == 1:
-            head = line.head()
-            if head is not None and head[0] < (best[0] if best else rank):
+    for line in turn.backlog.open_rooms:
+        if line.live and not line.active and line.members == 1:
+            head = turn.cold.get(line)
+            if head is None or head[1].line_ticket != head[2]:
+                found = line.head()
+                if found is None:
+                    continue
+                head = turn.cold[line] = (found[0], found[1], found[1].line_ticket)
+            if head[0] < (best[0] if best else rank):
                 best = (head[0], head[1], line)
     if best is None:
         return False

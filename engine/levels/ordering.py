@@ -62,8 +62,8 @@ class ByPriority:
 class Fair:
     """Urgent first, with ageing; weighted fair share between tenants and between groups; then the shortest predicted first.
 
-    In band 0 are urgent tasks and those that have waited for `age_us`, by the time at which they entered it; a higher priority counts
-    as having come `priority_step_us` earlier per step, so that nobody there waits for ever.
+    In band 0 are urgent tasks and those that have waited for `age_us`, by the time at which they entered it. A higher priority
+    counts as having come `priority_step_us` earlier per step, so that nobody there waits for ever.
     """
 
     fair_tenants: bool = True
