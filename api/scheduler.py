@@ -15,11 +15,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from api.journal import JournalBroken, SqliteJournal
+from api.monitoring.fold import MetricsFold
+from api.monitoring.metrics import Metrics
 from api.queue_sqlite import SqliteQueue
 from api.settings import Settings
 from api.ss_core import SupportCore
@@ -42,8 +46,12 @@ from engine.replay import recover
 from engine.resources import Demand
 from engine.scheduler import Engine
 from engine.tasks import SECOND, Micros
+from executors import curve
 from executors.dfs import open_store
 from executors.ports import FileStore
+from executors.zmq_world import ZmqWorld
+from predictors.forecaster import DeclaredForecaster, OnlineForecaster
+from predictors.stored import StateUnusable
 
 _log = structlog.get_logger("sm")
 
@@ -69,6 +77,8 @@ class SchedulerConfig:
     methods: Mapping[str, MethodDefaults]
     forecaster: Callable[[Sequence[Record]], Forecaster] = lambda _: NoForecast()
     """Makes the forecaster; gets the recovered records to learn from."""
+    forecaster_file: Path | None = None
+    """Where an online forecaster is kept between two lives."""
     limits: Limits = field(default_factory=Limits)
     models: Sequence[Model] = ()
     """Builtin and local models."""
@@ -80,6 +90,14 @@ class SchedulerConfig:
     host: str = "127.0.0.1"
     port: int = 8081
     snapshot_every: int = 20_000
+
+
+class _Metrics(Metrics):
+    """The registry of this process: its own figures and the scheduler's, none of the gateway's."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
 
 class Scheduler:
@@ -110,11 +128,20 @@ class Scheduler:
         state = self.engine.state
         restore = outstanding_of(state) if state.now else None
         self.world = config.make_world(WorldStart(self.core.payloads, self.journal.epoch, state.now, restore))
-        forecaster = config.forecaster(records)
+        self.metrics = _Metrics()
+        self.figures = MetricsFold(self.metrics)
+        self.forecaster = config.forecaster(records)
         self.loop = SchedulerLoop(
-            self.engine, self.world, self.journal, forecaster, snapshot_every=config.snapshot_every, failed=self._fail
+            self.engine,
+            self.world,
+            self.journal,
+            self.forecaster,
+            observe=self.figures.step,
+            save=self._save_forecaster,
+            snapshot_every=config.snapshot_every,
+            failed=self._fail,
         )
-        self.support = SupportService(self.core, self.loop)
+        self.support = SupportService(self.core, self.loop, heard=self._heard, figures=self._figures)
         _log.info(
             "recovered",
             epoch=self.journal.epoch,
@@ -146,6 +173,21 @@ class Scheduler:
         self.store.close()
         self.journal.close()
 
+    def _save_forecaster(self) -> None:
+        if self.config.forecaster_file is not None and isinstance(self.forecaster, OnlineForecaster):
+            self.forecaster.save(self.config.forecaster_file)
+
+    def _heard(self) -> Mapping[str, float]:
+        """Return when each node was heard last, in Unix seconds, where the world knows."""
+        if not isinstance(self.world, ZmqWorld):
+            return {}
+        return {status.name: status.heard_at / SECOND for status in self.world.nodes()}
+
+    def _figures(self) -> Mapping[str, Any]:
+        """Return the loop's figures for `SupportPort.queue`."""
+        steps = {"steps": self.journal.seq, "epoch": self.journal.epoch, "live_jobs": len(self.core.fold.live)}
+        return {"scheduler": steps, "predictions": self.figures.summary()}
+
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error
         self.failed.set()
@@ -175,7 +217,8 @@ class _Server(uvicorn.Server):
 
 async def _serve(scheduler: Scheduler, on_ready: Callable[[int], None]) -> None:
     config = scheduler.config
-    app = create_support_app(scheduler.support, config.state.secret("internal"))
+    token = config.state.secret("internal")
+    app = create_support_app(scheduler.support, token, scheduler.metrics.exposition)
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     )
@@ -217,9 +260,6 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
     state.create()
 
     def make_world(begin: WorldStart) -> LiveWorld:
-        from executors import curve
-        from executors.zmq_world import ZmqWorld
-
         return ZmqWorld(
             section.bind,
             curve.load_or_generate(state.curve / "scheduler.key"),
@@ -232,6 +272,7 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
             heartbeat_us=section.heartbeat_ms * 1000,
         )
 
+    forecaster_file = settings.state_dir / "forecaster.json"
     profile_path = Path(section.profile)
     named = profile_path.suffix == ".toml" and profile_path.is_file()
     return SchedulerConfig(
@@ -239,7 +280,8 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         make_world=make_world,
         profile=profiles.load(profile_path.read_text() if named else section.profile),
         methods=method_defaults(settings),
-        forecaster=lambda records: make_forecaster(section.forecaster, records),
+        forecaster=lambda records: make_forecaster(section.forecaster, records, forecaster_file),
+        forecaster_file=forecaster_file,
         models=fixed_models(settings.models_dir),
         default_model=settings.default_model,
         tenants=[
@@ -253,15 +295,22 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
     )
 
 
-def make_forecaster(kind: str, records: Sequence[Record]) -> Forecaster:
-    """Return the forecaster of a configured kind, taught by the records that were recovered."""
+def make_forecaster(kind: str, records: Sequence[Record], file: Path | None = None) -> Forecaster:
+    """Return the forecaster of a configured kind: what it had learned, and what the recovered records teach beyond that."""
     if kind == "none":
         return NoForecast()
-    from predictors.forecaster import DeclaredForecaster, OnlineForecaster
-
-    forecaster = DeclaredForecaster() if kind == "declared" else OnlineForecaster()
+    if kind == "declared":
+        return DeclaredForecaster()
+    forecaster = OnlineForecaster()
+    if file is not None and file.is_file():
+        try:
+            forecaster = OnlineForecaster.load(file)
+        except StateUnusable as error:
+            _log.warning("forecaster_begins_anew", file=str(file), error=str(error))
+    known = forecaster.predictor.watermark_us
     for record in records:
-        forecaster.stamp(record.now, record.events)
+        if record.now > known:
+            forecaster.recall(record.now, record.events, record.commands)
     return forecaster
 
 

@@ -27,7 +27,7 @@ from api.ss_queue import Delivery, Queue
 from api.ss_threads import IntakeThread, MailThread
 from api.store import Store
 from engine.commands import Command
-from engine.events import Event, ModelDeployed, ModelUndeployed, TaskSubmitted
+from engine.events import Event, ModelDeployed, ModelUndeployed, NodeReported, TaskSubmitted
 from engine.tasks import Micros
 from executors.ports import FileStore
 
@@ -69,6 +69,8 @@ class SupportCore:
         """Requests given to the engine and not durable yet: task id and newest delivery of each message, by (tenant, reqNo)."""
         self._names: dict[str, tuple[str, str]] = {}
         """The same requests by task id."""
+        self.use: dict[str, dict[str, tuple[int, int]]] = {}
+        """Memory used and busy thousandths of each GPU, by node, as reported last."""
         self._folded = Folded()
         self._free_checked_at = 0.0
         self._disk_low = False
@@ -129,6 +131,10 @@ class SupportCore:
 
     def within(self, db: sqlite3.Connection, now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> None:
         """Write what a step means, inside its transaction."""
+        for event in events:
+            if isinstance(event, NodeReported) and (event.gpu_memory_used or event.gpu_busy_permille):
+                busy = dict(event.gpu_busy_permille)
+                self.use[event.node] = {uuid: (used, busy.get(uuid, 0)) for uuid, used in event.gpu_memory_used}
         self._folded = self.fold.fold(now, events, commands)
         if not self._folded.empty:
             self.store.write_folded(db, self._folded)

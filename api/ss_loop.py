@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -13,15 +14,17 @@ import structlog
 
 from api.journal import SqliteJournal
 from engine import snapshot
-from engine.commands import CreatePod, DeletePod, StartTask, StopTask
+from engine.commands import Command, CreatePod, DeletePod, StartTask, StopTask
 from engine.events import Event
-from engine.ports import Forecaster, World, drive
+from engine.ports import Forecaster, Journal, World, drive
 from engine.protocol.controller import Outstanding
 from engine.reasons import Reason
 from engine.scheduler import Engine
 from engine.state import State
 from engine.tasks import Micros, PodState, TaskState
+from predictors.forecaster import OnlineForecaster
 
+Observe = Callable[[Micros, Sequence[Event], Sequence[Command], float], None]
 _log = structlog.get_logger("sm")
 T = TypeVar("T")
 
@@ -47,7 +50,11 @@ class LiveWorld(World, Protocol):
 
 
 class SchedulerLoop:
-    """Drives an engine in a live world until told to stop, or until something fails that must end the process."""
+    """Drives an engine in a live world until told to stop, or until something fails that must end the process.
+
+    ``observe`` sees every step once it is durable, with the seconds that took; ``save`` is called before each snapshot, for what
+    learns from the journal and must remember as far back as the records go.
+    """
 
     def __init__(
         self,
@@ -56,11 +63,14 @@ class SchedulerLoop:
         journal: SqliteJournal,
         forecaster: Forecaster,
         *,
+        observe: Observe | None = None,
+        save: Callable[[], None] = lambda: None,
         snapshot_every: int = 20_000,
         failed: Callable[[BaseException], None] = lambda _: None,
         longest_wait_us: Micros = 1_000_000,
     ) -> None:
         self._engine, self._world, self._journal, self._forecaster = engine, world, journal, forecaster
+        self._observe, self._save = observe, save
         self._snapshot_every = snapshot_every
         self._failed = failed
         self._longest_wait_us = longest_wait_us
@@ -102,7 +112,7 @@ class SchedulerLoop:
 
     def _run(self) -> None:
         try:
-            for wakeup_at in drive(self._engine, self._world, self._journal, self._forecaster):
+            for wakeup_at in drive(self._engine, self._world, self._record(), self._forecaster):
                 self._answer()
                 if self._stopping:
                     break
@@ -118,8 +128,22 @@ class SchedulerLoop:
         finally:
             self._refuse_questions()
 
+    def _record(self) -> Journal:
+        """Return the journal with those around it who listen."""
+        journal, observe = self._journal, self._observe
+
+        def record(now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> None:
+            began = time.perf_counter()
+            journal(now, events, commands)
+            if observe is not None and (events or commands):
+                observe(now, events, commands, time.perf_counter() - began)
+
+        forecaster = self._forecaster
+        return forecaster.watching(record) if isinstance(forecaster, OnlineForecaster) else record
+
     def _snapshot(self) -> None:
         if self._journal.seq > self._snapshot_at:
+            self._save()
             self._journal.write_snapshot(snapshot.take(self._engine.state))
             self._snapshot_at = self._journal.seq
 

@@ -12,6 +12,9 @@ from engine.reasons import Blocker
 from engine.state import State
 from engine.tasks import TERMINAL_STATES
 
+Use = tuple[int, int]
+"""Memory used in bytes and busy thousandths of a GPU, as its node said last."""
+
 
 def job_view(view: Mapping[str, Any]) -> JobView:
     """Return a view as the gateway gets it; it was made by us, so nothing is validated again."""
@@ -83,14 +86,15 @@ def blockers_view(blockers: Sequence[Blocker]) -> list[dict[str, Any]]:
     return shown
 
 
-def nodes_view(state: State) -> list[dict[str, Any]]:
-    """Return every node with its GPUs, use, Pods and state."""
+def nodes_view(state: State, heard: Mapping[str, float], use: Mapping[str, Mapping[str, Use]]) -> list[dict[str, Any]]:
+    """Return every node with its GPUs, use, Pods and state; `heard` in Unix seconds, `use` by node and GPU."""
     return [
         {
             "name": node.name,
             "up": node.up,
             "draining": node.draining,
             "state": "down" if not node.up else "draining" if node.draining else "up",
+            "heard_at": heard.get(node.name),
             "labels": dict(node.spec.labels),
             "cpu_milli": node.spec.cpu_milli,
             "memory_bytes": node.spec.memory_bytes,
@@ -104,6 +108,7 @@ def nodes_view(state: State) -> list[dict[str, Any]]:
                     "healthy": gpu.healthy,
                     "present": gpu.present,
                     "draining": gpu.drained,
+                    **_use_view(use.get(node.name, {}).get(gpu.uuid)),
                 }
                 for gpu in node.gpus
             ],
@@ -122,6 +127,10 @@ def nodes_view(state: State) -> list[dict[str, Any]]:
         }
         for node in state.cluster.nodes
     ]
+
+
+def _use_view(use: Use | None) -> dict[str, int]:
+    return {} if use is None else {"memory_used_bytes": use[0], "busy_permille": use[1]}
 
 
 def engine_view(state: State) -> dict[str, Any]:

@@ -46,9 +46,18 @@ class Loop(Protocol):
 class SupportService:
     """SS in one process with the scheduler's loop."""
 
-    def __init__(self, core: SupportCore, loop: Loop) -> None:
+    def __init__(
+        self,
+        core: SupportCore,
+        loop: Loop,
+        *,
+        heard: Callable[[], Mapping[str, float]] = dict,
+        figures: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """`heard` says when each node was heard last; `figures` are added to `queue`."""
         self._core = core
         self._loop = loop
+        self._heard, self._figures = heard, figures
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -245,7 +254,8 @@ class SupportService:
 
     async def nodes(self) -> Sequence[Mapping[str, Any]]:
         """Return every node with its GPUs, use, Pods and state."""
-        return await self._loop.ask(lambda engine: ss_views.nodes_view(engine.state))
+        heard, use = self._heard(), self._core.use
+        return await self._loop.ask(lambda engine: ss_views.nodes_view(engine.state, heard, use))
 
     async def drain(self, node: str, gpu: str | None = None) -> None:
         """Start nothing new there."""
@@ -270,7 +280,7 @@ class SupportService:
         """Return queue lengths, engine and MQ counters."""
         engine = await self._loop.ask(lambda engine: ss_views.engine_view(engine.state))
         counts = await asyncio.to_thread(self._core.queue.counts)
-        return {"engine": engine, "mq": counts, "support": dict(self._core.counters)}
+        return {"engine": engine, "mq": counts, "support": dict(self._core.counters), **self._figures()}
 
     async def health(self) -> Mapping[str, Any]:
         """Return whether SS and the scheduler are ready, part by part."""

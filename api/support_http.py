@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import structlog
@@ -42,8 +42,11 @@ class _Device(BaseModel):
     gpu: str | None = None
 
 
-def create_support_app(support: SupportPort, token: str) -> FastAPI:
-    """Return the internal application; `token` is what the gateway must send as its bearer token."""
+def create_support_app(support: SupportPort, token: str, metrics: Callable[[], bytes] | None = None) -> FastAPI:
+    """Return the internal application; `token` is what the gateway must send as its bearer token.
+
+    `metrics` writes the process's figures in Prometheus' text format, served at ``/internal/metrics``.
+    """
     if not token:
         raise ValueError("token: SS needs an internal token; take StateDir.secret('internal')")
     expected = f"Bearer {token}".encode()
@@ -84,6 +87,13 @@ def create_support_app(support: SupportPort, token: str) -> FastAPI:
     _job_routes(app, support)
     _model_routes(app, support)
     _operator_routes(app, support)
+
+    @app.get("/internal/metrics")
+    async def figures() -> Response:
+        return Response(
+            metrics() if metrics is not None else b"", media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
     return app
 
 
