@@ -191,8 +191,9 @@ class OnlineForecaster:
 
     def _estimate(self, prediction: Prediction, now: Micros) -> Estimate:
         durations = {"*": prediction.quantiles()}
-        for model in self._gpu_models:
-            durations[model] = self.predictor.on(prediction, model, now).quantiles()
+        if prediction.elapsed_us == 0:  # Of a running task only the time on its own GPU model is known better now.
+            for model in self._gpu_models:
+                durations[model] = self.predictor.on(prediction, model, now).quantiles()
         return Estimate(
             durations=tuple(sorted(durations.items())),
             gpu_memory_bytes=prediction.gpu_memory_bytes,
@@ -292,13 +293,14 @@ class OnlineForecaster:
     def _observe(
         self, now: Micros, req_no: str, tracked: _Tracked, run_us: Micros, outcome: Outcome, peak_bytes: int = 0
     ) -> None:
+        prediction = self._predictions.get(req_no)
         self.predictor.observe(
-            _readable(tracked.features),
+            prediction.request if prediction is not None else _readable(tracked.features),
             now,
             tracked.carried_us + run_us,
             outcome,
             self._gpu_model_of(tracked),
-            self._predictions.get(req_no),
+            prediction,
             peak_bytes,
             tracked.allotted_bytes,
         )

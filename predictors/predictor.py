@@ -137,6 +137,8 @@ class Predictor:
     def on(self, prediction: Prediction, gpu_model: str, now_us: Micros) -> Prediction:
         """Return the same prediction for another GPU model; cheaper than predicting again."""
         log_ratio = self.speeds.log_ratio(prediction.request.method, gpu_model, now_us / SECOND)
+        if log_ratio == prediction.log_ratio:
+            return prediction if gpu_model == prediction.gpu_model else replace(prediction, gpu_model=gpu_model)
         model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
         mean_us, quantiles_us = _times(model, prediction.outlook, log_ratio, prediction.elapsed_us)
         return replace(prediction, gpu_model=gpu_model, log_ratio=log_ratio, mean_us=mean_us, quantiles_us=quantiles_us)
