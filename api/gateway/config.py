@@ -108,6 +108,8 @@ class GatewayConfig(BaseModel):
     """Serve `/metrics` without a key (loopback only); otherwise an operator's key is needed."""
     failed_auth: RatePolicy = RatePolicy(per_minute=60, burst=30)
     """Failed authentications allowed per client address."""
+    open_reads: RatePolicy = RatePolicy(per_minute=12_000, burst=1000)
+    """Requests without a key (probes, signed links) allowed per client address."""
     watch_s: float = Field(default=5.0, ge=0, le=3600)
     """How often the gateway looks for abnormal states; 0 turns the watch off."""
 

@@ -126,6 +126,9 @@ class Gate:
         path = scope["path"]
         try:
             if path in self._open or path.startswith("/files/signed/"):
+                verdict = self._strangers.check(f"open:{_client(scope)}", self._config.open_reads, self._clock_us())
+                if not verdict.allowed:
+                    raise _too_often("requests of this address", verdict)
                 await self._app(scope, await self._bounded(scope, receive), send)
                 return
             caller = self._identify(scope)
@@ -152,7 +155,7 @@ class Gate:
             self._places.leave(caller.tenant)
 
     def _identify(self, scope: Scope) -> Caller:
-        client = str((scope.get("client") or ("unknown",))[0])
+        client = _client(scope)
         now = self._clock_us()
         blocked = self._strangers.would_refuse(client, self._config.failed_auth, now)
         if blocked is not None:
@@ -306,6 +309,10 @@ def _header(scope: MutableMapping[str, Any], name: bytes) -> str:
         if key == name:
             return str(value.decode("latin-1"))
     return ""
+
+
+def _client(scope: Scope) -> str:
+    return str((scope.get("client") or ("unknown",))[0])
 
 
 def _media_type(scope: Scope) -> str:

@@ -102,6 +102,7 @@ class Watch:
             nodes = (await self._support.nodes())[:_MAX_NODES]
         self._show_nodes(nodes)
         queue = await _or_empty(self._support.queue())
+        self.queue.clear()
         for name, value in flat(queue):
             self.queue.labels(name).set(value)
         self._judge(queue.get("predictions"))

@@ -7,8 +7,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
+from api.gateway import create_app
 from api.gateway.fake import GatewayFake
+from api.messages import decode
+from api.queue_sqlite import SqliteQueue
 
 
 @pytest.fixture
@@ -216,3 +220,20 @@ def test_a_support_service_that_is_away_gives_503_and_writes_still_pass(gw: Gate
     problem(refused, 503, "support_unavailable")
     assert refused.headers["retry-after"] == "1"
     assert gw.client.post("/v1/jobs", json={"method": "sleep", "parameters": {}}, headers=gw.ana).status_code == 202
+
+
+def test_messages_reach_the_embedded_queue_urgent_first_and_once(tmp_path: Path) -> None:
+    queue = SqliteQueue(tmp_path / "queue.sqlite")
+    fake = GatewayFake(tmp_path)
+    app = create_app(fake.config, fake.support, queue, fake.store, fake.keys)
+    client = TestClient(app)
+    made = []
+    for priority in (0, 150, 0):
+        body = {"method": "sleep", "parameters": {"seconds": 1}, "priority": priority}
+        made.append(client.post("/v1/jobs", json=body, headers={**fake.ana, "Idempotency-Key": f"k{len(made)}"}).json())
+    body = {"method": "sleep", "parameters": {"seconds": 1}, "priority": 150}
+    client.post("/v1/jobs", json=body, headers={**fake.ana, "Idempotency-Key": "k1"})
+    taken = [decode(one.body) for one in queue.take("requests", 10)]
+    queue.close()
+    assert [message.req_no for message in taken] == [made[1]["req_no"], made[0]["req_no"], made[2]["req_no"]]
+    assert {message.header.tenant for message in taken} == {"ana"}

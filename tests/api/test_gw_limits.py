@@ -95,6 +95,12 @@ def test_a_stranger_who_keeps_guessing_keys_is_slowed_down(tmp_path: Path) -> No
     assert statuses == [401, 401, 401, 429, 429]
 
 
+def test_open_pages_are_limited_per_address(tmp_path: Path) -> None:
+    gw = GatewayFake(tmp_path, open_reads={"per_minute": 1, "burst": 2})
+    assert [gw.client.get("/healthz").status_code for _ in range(3)] == [200, 200, 429]
+    assert gw.client.get("/v1/jobs", headers=gw.ana).status_code == 200
+
+
 def test_bodies_are_bounded_by_their_length_header_and_by_their_bytes(tmp_path: Path) -> None:
     gw = GatewayFake(tmp_path, max_json_bytes=2048, max_upload_bytes=4096)
     headers = {**gw.ana, "Content-Type": "application/json"}
