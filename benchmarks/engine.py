@@ -147,7 +147,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return f"{model}, Python {platform.python_version()}, numpy {np.__version__}"
 
@@ -166,7 +168,9 @@ def main() -> None:
                 key = f"{nodes} nodes, {'cold' if cold else 'warm'}"
                 print(f"{key:22} {results[key]}", file=sys.stderr)
     ratios = {
-        mix: round(results[f"10000 nodes, {mix}"]["us_per_placement"] / results[f"100 nodes, {mix}"]["us_per_placement"], 2)
+        mix: round(
+            results[f"10000 nodes, {mix}"]["us_per_placement"] / results[f"100 nodes, {mix}"]["us_per_placement"], 2
+        )
         for mix in ("warm", "cold")
     }
     if arguments.json:
@@ -179,7 +183,9 @@ def main() -> None:
             f"{name:22} {r['placements_per_s']:13,} {r['us_per_placement']:9} {r['pods_created'] / r['placements']:9.1%}"
             f" {r['pending']:8,} {r['running']:8,}"
         )
-    print(f"cost of a decision, 10,000 nodes over 100: warm {ratios['warm']}x, cold {ratios['cold']}x (aim: at most 3x)")
+    print(
+        f"cost of a decision, 10,000 nodes over 100: warm {ratios['warm']}x, cold {ratios['cold']}x (aim: at most 3x)"
+    )
 
 
 if __name__ == "__main__":

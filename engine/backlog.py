@@ -133,6 +133,8 @@ class Backlog:
         """Tenant -> lines in which tasks of it may be parked."""
         self.idle: dict[int, Pod] = {}
         self.idle_version = 0
+        self.urgent = 0
+        """Urgent tasks in lines."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
         """(method, model) -> its Pods that are not gone."""
         self.possible: dict[tuple[Demand, int, bool], tuple[int, bool]] = {}
@@ -156,6 +158,7 @@ class Backlog:
         self.shapes.clear()
         self.room_lines.clear()
         self.bound.clear()
+        self.urgent = 0
         self.active.clear()
         self.kinds_awake.clear()
         self.woken.clear()
@@ -209,6 +212,10 @@ class Backlog:
         self._ticket += 1
         task.line_ticket = self._ticket
         task.lines = lines
+        if task.urgent:
+            self.urgent += 1
+            if self.profile.preempt:
+                self.task_due(task, task.pending_since + self.profile.preempt_patience_us)
         for line in lines:
             line.push(task, band, key, accounts, self._ticket)
             self.wake(line)
@@ -223,6 +230,7 @@ class Backlog:
         if not task.line_ticket:
             return
         task.line_ticket = 0
+        self.urgent -= task.urgent
         for line in task.lines:
             line.live -= 1
         task.lines = ()
@@ -374,7 +382,9 @@ class Backlog:
             if warm.cap < line.need or not warm.by_node:
                 continue
             if prefer >= 0 and prefer in warm.by_node:
-                here = [p for p in warm.by_node[prefer].values() if p.node.exclusive is None or p.node.exclusive is group]
+                here = [
+                    p for p in warm.by_node[prefer].values() if p.node.exclusive is None or p.node.exclusive is group
+                ]
                 if len(here) == 1:
                     return here[0]
                 if here:
@@ -416,6 +426,10 @@ class Backlog:
         """Cap memory that was predicted or learned at the largest card; what the customer asked for stays."""
         largest = self.state.cluster.largest_card(demand.gpu_models)
         return min(memory_bytes, largest) if largest else memory_bytes
+
+    def loose_line(self, demand: Demand) -> RoomLine:
+        """Return a line of a demand that nobody stands in: for Pods that are made for no task."""
+        return RoomLine(self.fit(demand), -1, 1, {}, self._common)
 
     def fit(self, demand: Demand, empty: bool = False) -> Fit:
         """Return where a demand fits."""

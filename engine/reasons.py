@@ -55,7 +55,7 @@ class Reason(StrEnum):
     ROOM = "room"
     GPU_LOST = "gpu_lost"
     UNRESPONSIVE = "unresponsive"
-    UNDEPLOYED = "undeployed"
+    DEPLOYED = "deployed"
     UNKNOWN_POD = "unknown_pod"
     # elasticity
     PENDING_WORK = "pending_work"

@@ -10,7 +10,7 @@ from engine.commands import Command
 from engine.errors import InvalidEvent
 from engine.events import Event
 from engine.fold_events import EVENT_FOLDS
-from engine.levels import binding, reactions
+from engine.levels import binding, elasticity, preemption, reactions
 from engine.limits import Limits
 from engine.profile import Profile
 from engine.reasons import Blocker, Reason
@@ -72,6 +72,9 @@ class Engine:
         reactions.work_off(turn)
         reactions.work_off_due(turn)
         binding.place(turn)
+        preemption.preempt(turn)
+        elasticity.keep_warm(turn)
+        elasticity.advise(turn)
         reactions.work_off(turn)
         self.wakeup_at = self._next_wakeup(turn.more)
         return turn.commands

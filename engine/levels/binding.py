@@ -10,7 +10,7 @@ from engine.commands import Notify, PrefetchModel, Room, StartTask
 from engine.entities import Node, Pod, Task
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
-from engine.levels.room import make_room
+from engine.levels.room import claim, make_room
 from engine.lines import Rank
 from engine.reasons import Reason
 from engine.tasks import PodState, TaskState
@@ -208,27 +208,5 @@ def claim_room(turn: Turn, task: Task, line: RoomLine) -> bool:
     if found is None:
         line.failed_at = _version(turn)
         return False
-    node, grants, victims = found
-    demand = line.fit.demand
-    room = Room(node.name, grants, demand, tuple(pod.number for pod in victims))
-    turn.count(Reason.ROOM_CLAIMED)
-    detail = f"room is being made on node {node.name}"
-    turn.order(
-        Notify(
-            task.req_no,
-            TaskState.PENDING,
-            task.attempt,
-            Reason.ROOM_CLAIMED,
-            detail,
-            "",
-            node.name,
-            turn.now,
-            room=room,
-        )
-    )
-    for pod in victims:
-        turn.delete(pod, Reason.ROOM)
-    model = task.spec.model
-    if model and model not in node.models:
-        turn.order(PrefetchModel(node.name, model))
+    claim(turn, task, found[0], found[1], line.fit.demand, found[2])
     return True

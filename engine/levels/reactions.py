@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from engine import agenda
-from engine.commands import DeletePod, Notify, StartTask, StopTask
+from engine.commands import DeletePod, Notify, StartTask
 from engine.entities import Claim, Node, Pod, Task
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
 from engine.reasons import Reason
+from engine.stopping import stop
 from engine.tasks import NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
 from engine.turn import Turn
 
@@ -49,16 +50,6 @@ def _cancel(turn: Turn, task: Task) -> None:
         turn.tell(task, TaskState.CANCELLED, Reason.CANCELLED)
     elif task.state in _STARTED or task.state is TaskState.STOPPING:
         stop(turn, task, Reason.CANCELLED)
-
-
-def stop(turn: Turn, task: Task, reason: Reason, keep_checkpoint: bool = False) -> None:
-    """Stop every member of a task's attempt that has not ended."""
-    grace = turn.limits.grace_us if keep_checkpoint else 0
-    turn.count(reason)
-    for rank, number in enumerate(task.pods):
-        if task.live >> rank & 1:
-            node = turn.state.pods[number].node.name
-            turn.order(StopTask(task.req_no, task.attempt, number, node, rank, grace, reason, keep_checkpoint))
 
 
 def _ended(turn: Turn, task: Task) -> None:

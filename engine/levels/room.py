@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.backlog import RoomLine
 from engine.cluster import pick_gpus
+from engine.commands import Notify, PrefetchModel, Room
 from engine.entities import Node, Pod, Task
-from engine.resources import GpuGrant
+from engine.reasons import Reason
+from engine.resources import Demand, GpuGrant
+from engine.tasks import TaskState
 from engine.turn import Turn
 
 MOST_NODES = 32
 """How many nodes are tried for one task."""
 
 
-def make_room(turn: Turn, task: Task, line: RoomLine) -> tuple[Node, tuple[GpuGrant, ...], list[Pod]] | None:
+def claim(
+    turn: Turn, task: Task, node: Node, grants: tuple[GpuGrant, ...], demand: Demand, pods: Sequence[Pod]
+) -> None:
+    """Claim room for a task; the Pods in it that are idle go at once, the others when their tasks have stopped."""
+    room = Room(node.name, grants, demand, tuple(pod.number for pod in pods))
+    turn.count(Reason.ROOM_CLAIMED)
+    detail = f"room is being made on node {node.name}"
+    turn.order(
+        Notify(
+            task.req_no,
+            TaskState.PENDING,
+            task.attempt,
+            Reason.ROOM_CLAIMED,
+            detail,
+            "",
+            node.name,
+            turn.now,
+            room=room,
+        )
+    )
+    for pod in pods:
+        if not pod.tasks:
+            turn.delete(pod, Reason.ROOM)
+    model = task.spec.model
+    if model and model not in node.models:
+        turn.order(PrefetchModel(node.name, model))
+
+
+def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tuple[GpuGrant, ...], list[Pod]] | None:
     """Return a node, the devices and the idle Pods that must go, those idle longest first; None when that makes no room."""
     backlog = turn.backlog
     tried: dict[int, None] = {}
@@ -20,7 +53,9 @@ def make_room(turn: Turn, task: Task, line: RoomLine) -> tuple[Node, tuple[GpuGr
         node = pod.node
         if node.index in tried or (line.node >= 0 and node.index != line.node):
             continue
-        if node.exclusive not in (None, task.group) or (node.exclusive is not None and line.node < 0):
+        if node.exclusive not in (None, task.group if task is not None else None) or (
+            node.exclusive is not None and line.node < 0
+        ):
             continue
         if len(tried) >= MOST_NODES:
             return None

@@ -1,0 +1,176 @@
+"""Level 5, preemption: stop ordinary work for urgent work, only when the gain is larger than the loss.
+
+Gain: the waiting that an urgent task is saved, times its weight. Loss: the work that the stopped tasks lose, plus loading models again.
+A training keeps its checkpoint and loses little; a generation starts over. Victims go back to waiting, and no retry is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import nsmallest
+
+from engine.backlog import RoomLine, Shape
+from engine.cluster import pick_gpus
+from engine.entities import Node, Pod, Task
+from engine.levels.room import claim
+from engine.reasons import Reason
+from engine.resources import GpuGrant
+from engine.stopping import stop
+from engine.tasks import Micros, PodState, TaskState, TaskType
+from engine.turn import Turn
+
+MOST_VICTIMS = 64
+"""How many running tasks, the cheapest first, are considered in one step."""
+
+
+def preempt(turn: Turn) -> None:
+    """Stop ordinary tasks for urgent ones that have waited long enough and fit nowhere."""
+    if not turn.profile.preempt or not turn.backlog.urgent:
+        return
+    victims: list[tuple[int, int, Task]] | None = None
+    left = turn.limits.preemptions_per_step
+    lines = [line for line in turn.backlog.room_lines.values() if line.live and not line.active and line.members == 1]
+    for line in sorted(lines, key=lambda line: (repr(line.fit.demand), line.node, line.fit.empty)):
+        while left > 0:
+            head = line.head()
+            if head is None or not _may_preempt(turn, head[1]):
+                break
+            if victims is None:
+                victims = _victims(turn)
+            stopped = _preempt_for(turn, head[1], line, victims)
+            if not stopped:
+                break
+            left -= stopped
+            victims = [v for v in victims if v[2].state in (TaskState.RUNNING, TaskState.STARTING)]
+            if head[1].line_ticket:
+                break
+
+
+def _may_preempt(turn: Turn, task: Task) -> bool:
+    return task.urgent and task.pending_since + turn.profile.preempt_patience_us <= turn.now
+
+
+def _victims(turn: Turn) -> list[tuple[int, int, Task]]:
+    """Return (loss, sequence number, task) of the tasks that may be stopped, the cheapest first."""
+    most = turn.limits.preemptions_per_task
+    found = (
+        (_loss(turn, task), task.seq, task)
+        for task in _placed(turn)
+        if task.spec.preemptible
+        and not task.urgent
+        and task.spec.members == 1
+        and task.preemptions < most
+        and task.state in (TaskState.RUNNING, TaskState.STARTING)
+        and not task.cancel_requested
+    )
+    return nsmallest(MOST_VICTIMS, found)
+
+
+def _placed(turn: Turn) -> Iterator[Task]:
+    tasks = turn.state.tasks
+    for pod in turn.state.pods.values():
+        for req_no in pod.tasks:
+            yield tasks[req_no]
+
+
+def _loss(turn: Turn, task: Task) -> Micros:
+    """Return what stopping a task loses: its work so far unless it keeps a checkpoint, and loading its model again."""
+    lost = turn.now - task.started_at if task.started_at and task.spec.task_type is TaskType.GC else 0
+    return lost + turn.profile.reload_us
+
+
+def _remaining(turn: Turn, task: Task) -> Micros:
+    """Return how long a task still runs by its prediction; one that has outlived it is taken to need a tenth more."""
+    predicted = task.predicted_us()
+    elapsed = turn.now - task.started_at if task.started_at else 0
+    return max(predicted - elapsed, predicted // 10)
+
+
+def _preempt_for(turn: Turn, task: Task, line: RoomLine, victims: list[tuple[int, int, Task]]) -> int:
+    """Stop what must go for one urgent task, if that pays; return how many tasks were stopped."""
+    if not victims:
+        return 0
+    gain = min(_remaining(turn, each) for _, _, each in victims) * turn.profile.urgent_weight
+    shape = turn.backlog.shape_of(task)
+    pods = turn.state.pods
+    for loss, _, victim in victims:
+        pod = pods[victim.pods[0]]
+        if (
+            pod.warm.kind is not shape.kind
+            or pod.warm.cap < shape.need
+            or not pod.usable
+            or line.node not in (-1, pod.node.index)
+        ):
+            continue
+        if pod.node.exclusive not in (None, task.group) or line.fit.empty:
+            continue
+        if _is_freeing(turn, shape):
+            return 0
+        if loss >= gain:
+            break
+        stop(turn, victim, Reason.PREEMPTED, keep_checkpoint=True)
+        return 1
+    return _preempt_room(turn, task, line, victims, gain)
+
+
+def _is_freeing(turn: Turn, shape: Shape) -> bool:
+    """Tell whether a slot of this kind is being freed already."""
+    return any(
+        task.state is TaskState.STOPPING and task.stop_reason == Reason.PREEMPTED
+        for task in _placed(turn)
+        if turn.state.pods[task.pods[0]].warm.kind is shape.kind
+    )
+
+
+def _preempt_room(turn: Turn, task: Task, line: RoomLine, victims: list[tuple[int, int, Task]], gain: int) -> int:
+    """Claim the room of Pods on one node whose only tasks are victims, together with idle Pods there."""
+    if line.fit.empty or len(turn.state.claims) >= turn.limits.claims:
+        return 0
+    by_node: dict[int, list[tuple[int, Task, Pod]]] = {}
+    for loss, _, victim in victims:
+        pod = turn.state.pods[victim.pods[0]]
+        node = pod.node
+        if len(pod.tasks) > 1 or not pod.usable or pod.state is not PodState.BUSY or line.node not in (-1, node.index):
+            continue
+        if node.exclusive not in (None, task.group) or (node.exclusive is not None and line.node < 0):
+            continue
+        by_node.setdefault(node.index, []).append((loss, victim, pod))
+    for row, found in by_node.items():
+        node = turn.state.cluster.nodes[row]
+        plan = _plan(turn, line, node, found)
+        if plan is None or sum(loss for loss, _, pod in found if pod in plan[1]) >= gain:
+            continue
+        grants, gone = plan
+        claim(turn, task, node, grants, line.fit.demand, gone)
+        stopped = [victim for _, victim, pod in found if pod in gone]
+        for victim in stopped:
+            stop(turn, victim, Reason.PREEMPTED, keep_checkpoint=True)
+        return len(stopped)
+    return 0
+
+
+def _plan(
+    turn: Turn, line: RoomLine, node: Node, found: list[tuple[int, Task, Pod]]
+) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
+    """Return the devices and the Pods that must go, idle ones first, then the cheapest victims."""
+    cluster = turn.state.cluster
+    version = cluster.version
+    idle = [pod for pod in node.pods.values() if pod.number in turn.backlog.idle and not turn.is_kept(pod)]
+    gone: list[Pod] = []
+    grants: tuple[GpuGrant, ...] | None = None
+    for pod in [*sorted(idle, key=lambda pod: (pod.idle_since, pod.number)), *(pod for _, _, pod in found)]:
+        cluster.release(node, pod.grants, pod.demand)
+        gone.append(pod)
+        if line.fit.fits(node):
+            for spare in list(gone):
+                cluster.take(node, spare.grants, spare.demand)
+                if line.fit.fits(node):
+                    gone.remove(spare)
+                else:
+                    cluster.release(node, spare.grants, spare.demand)
+            grants = pick_gpus(node, line.fit.demand)
+            break
+    for pod in gone:
+        cluster.take(node, pod.grants, pod.demand)
+    cluster.version = version
+    return None if grants is None else (grants, gone)
