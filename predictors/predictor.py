@@ -224,6 +224,4 @@ def _times(
 
 
 def _micros(log_s: float) -> Micros:
-    if log_s > 15.87:
-        return LONGEST_US
-    return round(math.exp(log_s) * SECOND)
+    return min(LONGEST_US, round(math.exp(min(log_s, 20.0)) * SECOND))
