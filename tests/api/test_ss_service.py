@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,26 @@ def test_a_cancel_after_the_result_answers_the_result(platform: Platform) -> Non
     req_no = platform.ask()
     platform.result(req_no)
     assert platform.call(lambda: platform.support.cancel("acme", req_no)).state == "finished"
+
+
+def test_no_result_follows_an_acknowledged_cancel_whenever_it_comes(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, gpus=8)
+    chance = random.Random(7)
+    asked = [platform.ask(seconds=chance.random() * 0.1) for _ in range(60)]
+
+    async def cancel(req_no: str) -> tuple[str, str]:
+        await asyncio.sleep(chance.random() * 0.3)
+        return req_no, (await platform.support.cancel("acme", req_no)).state
+
+    async def cancel_all() -> dict[str, str]:
+        return dict(await asyncio.gather(*(cancel(req_no) for req_no in asked)))
+
+    acknowledged = platform.call(cancel_all)
+    told = {name: message["body"]["parameters"]["state"] for name, message in platform.results(len(asked)).items()}
+    assert told == {f"acme/{req_no}": state for req_no, state in acknowledged.items()}
+    assert set(told.values()) <= {"finished", "cancelled"}
+    assert "cancelled" in told.values()
+    platform.stop()
 
 
 def test_a_request_still_in_the_queue_is_seen_and_cancelled(platform: Platform) -> None:
