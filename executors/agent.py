@@ -167,6 +167,7 @@ class NodeAgent:
         while machine.life is not Life.LEFT:
             registered = _register(poller, registered, self._host.filenos())
             wait_us = max(0, min(machine.next_timeout(), self._leave_by) - clock_us())
+            wait_us = min(wait_us, self._host_deadline_us())
             ready = dict(poller.poll(-(-min(wait_us, 1_000_000) // 1000)))
             now = clock_us()
             machine.tick(now)
@@ -179,9 +180,16 @@ class NodeAgent:
             self._take_devices(now)
             if self._signals > 1 or now >= self._leave_by:
                 self._kill_pods()
+                self.machine.depart(now)
             self._carry_out(now)
             self._send(dealer, now)
         self._flush_spool()
+
+    def _host_deadline_us(self) -> Micros:
+        """Return in how many microseconds the host has a grace to enforce, where it can tell; else `take` is called each second."""
+        tell = getattr(self._host, "next_deadline_us", None)
+        deadline = tell() if tell is not None else None
+        return NEVER if deadline is None else int(deadline)
 
     def _carry_out(self, now: Micros) -> None:
         effects = self.machine.take_effects()
@@ -254,6 +262,8 @@ class NodeAgent:
                 key = m.attempt_key(effect)
                 try:
                     self._host.start(effect.pod, key[0], key[1], effect.parameters, effect.checkpoint, key[2])
+                except ValueError as error:
+                    self.machine.report(now, m.Failed(*key, FailureCause.BAD_INPUT, _tail(str(error))))
                 except Exception as error:
                     log.exception("attempt %s could not be started", key)
                     self.machine.report(now, m.Failed(*key, FailureCause.CRASHED, _tail(repr(error))))

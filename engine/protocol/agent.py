@@ -88,6 +88,7 @@ class AgentMachine:
         self._credit_due = False
         self._taken: dict[int, int] = {}
         self._idle_since_beat: set[int] = set()
+        self._hurried = False
         self._progress_count = 0
         self._progress: dict[m.AttemptKey, tuple[Micros, m.Progress | None]] = {}
         self._out: list[m.FromNode] = []
@@ -179,6 +180,15 @@ class AgentMachine:
             self.life = Life.LEFT
             self.lease_until = NEVER
 
+    def depart(self, now: Micros) -> None:
+        """Leave as soon as the last Pod is gone, without waiting for acknowledgements: the spool keeps what is not acknowledged."""
+        self.leave(now)
+        self._hurried = True
+        self._after_pods_changed(now)
+        if self.life is Life.SEEKING and not self.pods:
+            self.life = Life.LEFT
+            self.lease_until = NEVER
+
     def tick(self, now: Micros) -> None:
         """Do what is due: first the lease, then HELLO or a heartbeat."""
         self._judge_lease(now)
@@ -246,7 +256,9 @@ class AgentMachine:
             return
         if self.life is Life.FENCING:
             self._reborn(now)
-        elif self.leaving and not self._reports and self.life is Life.UP:
+        elif self.leaving and self.life is Life.UP and (self._hurried or not self._reports):
+            for first, items in self._reports.take(now):
+                self._out.append(m.Reports(self._session, first, items, self._orders.applied, self._limit()))
             self.life = Life.LEFT
             self.lease_until = NEVER
             self._out.append(m.Bye(self._session))

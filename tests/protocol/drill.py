@@ -1,8 +1,8 @@
 """A whole control plane under one seeded clock: the real engine, both ends of the protocol, and a world that breaks things.
 
-Every random choice is keyed by what it is about - (seed, site, identity) - and never by the order of the choices, so that leaving a
-fault out changes nothing else. Two phases: faults, with every safety rule checked at every step; then no faults, and everything that
-was accepted must come to an end.
+Every random choice is keyed by what it is about - (seed, site, identity) - and never by the order of the choices, so that leaving
+a fault out changes nothing else. Two phases: faults, with every safety rule checked at every step; then no faults, and everything
+that was accepted must come to an end.
 """
 
 from __future__ import annotations
@@ -462,7 +462,8 @@ class SimHost:
         self.agent.drill.begun(self.agent, key)
         self.attempts[key] = order.pod
         self.agent.report(m.Started(*key))
-        self._after(self._whole(SECOND // 10, 12 * SECOND, "run", key), lambda: self._ended(key))
+        run = SECOND // 10 + int(self.agent.drill.dice.draw("run", key) ** 3 * 50 * SECOND)
+        self._after(run, lambda: self._ended(key))
 
     def _ended(self, key: m.AttemptKey) -> None:
         pod = self.attempts.get(key)

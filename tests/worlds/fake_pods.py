@@ -82,7 +82,7 @@ class FakePodHost:
         for key in [key for key, (_, due, _) in self.running.items() if due <= now]:
             pod, _, parameters = self.running.pop(key)
             req_no, attempt, rank = key
-            failing = attempt <= int(parameters.get("failures", 1)) and parameters.get("fail")
+            failing = parameters.get("fail")
             if failing == "crash":
                 self._end(pod, FailureCause.CRASHED, False)
             elif failing:
@@ -96,6 +96,10 @@ class FakePodHost:
 
     def pods(self) -> Sequence[int]:
         return tuple(self.slots)
+
+    def crash_all(self) -> None:
+        for pod in list(self.slots):
+            self._end(pod, FailureCause.CRASHED, False)
 
     def close(self) -> None:
         for pod in list(self.slots):
