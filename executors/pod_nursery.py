@@ -52,7 +52,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_
 class Nursery:
     """The agent's end: orders go out, births and deaths come in, nothing blocks."""
 
-    def __init__(self, kind: str, log: Path) -> None:
+    def __init__(self, kind: str, log: Path, held: Sequence[int] = ()) -> None:
+        """Start the process; it and its Pods hold the descriptors `held` open for as long as they live."""
         if kind not in PRELOADS:
             raise ValueError(f"nursery: kind {kind!r} is unknown; choose one of {sorted(PRELOADS)}")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,7 +61,7 @@ class Nursery:
         with theirs, log.open("ab") as out:
             self._process = subprocess.Popen(
                 command,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *held),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.tasks import FailureCause
 from executors.dfs import ObjectFileStore
@@ -46,6 +46,8 @@ LOAD_LIMIT_S = 900.0
 """A Pod that has not loaded its model by then is killed."""
 LOG_MAX_BYTES = 8 << 20
 """A Pod's log is cut back to nothing beyond this size."""
+LOCK_WAIT_S = 10.0
+"""How long to wait for a killed agent's last Pods to be gone: they hold the work directory's lock too."""
 HOUSEKEEPING_PERIOD_S = 5.0
 LIGHT_METHODS = frozenset({"sleep"})
 """Methods that need no torch, and so are born by a nursery that has not imported it."""
@@ -97,6 +99,7 @@ class LocalPodHost:
         cgroups: bool = True,
         warm: Iterable[str] = (),
         load_limit_s: float = LOAD_LIMIT_S,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         """Take over a work directory and clear what an earlier run left in it.
 
@@ -114,13 +117,9 @@ class LocalPodHost:
         self._pods_dir = self._work_dir / "pods"
         self._work_dir.mkdir(parents=True, exist_ok=True)
         self._lock = (self._work_dir / "host.lock").open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(self._lock, lock_wait_s):
             self._lock.close()
-            raise WorkDirectoryInUse(
-                f"work directory {work_dir}: another agent works here; give each agent its own"
-            ) from None
+            raise WorkDirectoryInUse(f"work directory {work_dir}: another agent works here; give each agent its own")
         shutil.rmtree(self._pods_dir, ignore_errors=True)
         self._pods_dir.mkdir()
         self.models = models or ModelCache(self._work_dir / "models", store.url)
@@ -287,7 +286,7 @@ class LocalPodHost:
     def _nursery(self, kind: str) -> Nursery:
         nursery = self._nurseries.get(kind)
         if nursery is None or nursery.closed:
-            nursery = Nursery(kind, self._work_dir / f"nursery-{kind}.log")
+            nursery = Nursery(kind, self._work_dir / f"nursery-{kind}.log", held=(self._lock.fileno(),))
             self._nurseries[kind] = nursery
         return nursery
 
@@ -387,6 +386,18 @@ class LocalPodHost:
                         full.truncate(0)
             except FileNotFoundError:
                 continue
+
+
+def _locked(file: IO[bytes], wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
 
 
 def _limits(order: PodOrder, device: str) -> PodLimits:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def s3_endpoint() -> Iterator[str]:
             except OSError:
                 if time.monotonic() > deadline:
                     pytest.skip("moto_server does not answer here")
+                threading.Event().wait(0.1)
         yield endpoint
     finally:
         server.kill()

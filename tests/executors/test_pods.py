@@ -6,6 +6,8 @@ import json
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -424,6 +426,27 @@ def test_when_the_nursery_dies_its_pods_are_reported_and_the_next_order_works(be
     bench.up("WhoAmI", pod=2)
 
 
+def test_when_the_agent_is_killed_nothing_of_its_pods_outlives_it_and_the_next_one_starts_clean(tmp_path: Path) -> None:
+    program = [sys.executable, str(Path(__file__).parent / "orphaned_host.py"), str(tmp_path)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as agent:
+        try:
+            assert agent.stdout is not None
+            pids = [int(pid) for pid in agent.stdout.readline().split()]
+            assert len(pids) == 4
+            assert all(_lives(pid) for pid in pids)
+        finally:
+            agent.kill()
+    store = open_store(f"file://{tmp_path}/files")
+    host = LocalPodHost(CpuPlugin(1), store, tmp_path / "work", lock_wait_s=GENEROUS_S)
+    assert [pid for pid in pids[:2] if _lives(pid)] == [], "the lock is free only when nursery and Pod are gone"
+    deadline = time.monotonic() + GENEROUS_S
+    while left := [pid for pid in pids if _lives(pid)]:
+        assert time.monotonic() < deadline, f"outlived the agent: {left}"
+    assert list((tmp_path / "work" / "pods").iterdir()) == []
+    host.close()
+    assert not any(parent.exists() for parent in host.limiter.parents.values())
+
+
 def test_fifty_pods_come_and_go_and_leave_no_process_directory_or_cgroup(bench: Bench) -> None:
     bench.up("WhoAmI", pod=1000)
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -493,7 +516,7 @@ def test_a_work_directory_serves_one_host_and_is_cleared_of_an_earlier_one(tmp_p
     try:
         assert not left.exists()
         with pytest.raises(WorkDirectoryInUse, match="give each agent its own"):
-            LocalPodHost(CpuPlugin(1), store, tmp_path / "work")
+            LocalPodHost(CpuPlugin(1), store, tmp_path / "work", lock_wait_s=0)
     finally:
         host.close()
     LocalPodHost(CpuPlugin(1), store, tmp_path / "work").close()
