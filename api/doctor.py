@@ -87,7 +87,7 @@ def _state(state: StateDir) -> Iterator[Finding]:
         return
     if state.root.stat().st_mode & 0o077:
         yield Finding("state", "fault", f"{state.root} is open to others: chmod 700 {state.root}")
-    for path in (state.journal, state.queue, state.store, state.keys):
+    for path in (state.journal, state.queue, state.gateway, state.keys):
         found = check_database(path)
         verdict: Verdict = "ok" if found == "ok" else "note" if found == "absent" else "fault"
         yield Finding(path.name, verdict, found)

@@ -17,7 +17,7 @@ class StateDir:
 
     @property
     def journal(self) -> Path:
-        """Every step of the engine."""
+        """Every step of the engine; jobs, outcomes, outbox and models beside it."""
         return self.root / "journal.db"
 
     @property
@@ -26,9 +26,9 @@ class StateDir:
         return self.root / "queue.db"
 
     @property
-    def store(self) -> Path:
-        """Jobs, outcomes, outbox, models."""
-        return self.root / "store.db"
+    def gateway(self) -> Path:
+        """What the gateway keeps: idempotency keys, owners of files."""
+        return self.root / "gateway.sqlite"
 
     @property
     def keys(self) -> Path:

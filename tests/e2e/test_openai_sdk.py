@@ -1,0 +1,51 @@
+"""The unmodified openai SDK against the real platform and the bundled model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import urllib.request
+
+import openai
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("platform")]
+
+
+@pytest.fixture
+def client(platform):
+    with openai.OpenAI(base_url=f"{platform.client.url}/v1", api_key=platform.client.key, max_retries=0) as made:
+        yield made
+
+
+def test_pictures_come_as_base64(client) -> None:
+    answer = client.images.generate(
+        model="tiny",
+        prompt="a red circle",
+        n=2,
+        size="64x64",
+        response_format="b64_json",
+        extra_body={"steps": 4, "seed": 3},
+    )
+    assert len(answer.data) == 2
+    assert all(Image.open(io.BytesIO(base64.b64decode(item.b64_json))).size == (64, 64) for item in answer.data)
+
+
+def test_pictures_come_as_links_that_need_no_key(client) -> None:
+    answer = client.images.generate(
+        model="tiny",
+        prompt="a green house",
+        size="64x64",
+        response_format="url",
+        extra_body={"steps": 4, "priority": 100, "group": "a"},
+    )
+    with urllib.request.urlopen(answer.data[0].url) as file:
+        assert Image.open(io.BytesIO(file.read())).format == "PNG"
+
+
+def test_a_wrong_parameter_is_a_bad_request_that_names_it(client) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.generate(model="tiny", prompt="a", size="63x64")
+    assert caught.value.status_code in {400, 422}
+    assert "size" in str(caught.value) or "width" in str(caught.value)
