@@ -6,12 +6,12 @@ which nothing is free sleep, and cost nothing however long they are; what become
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
-from engine.entities import Group, Pod, Task, Tenant
+from engine.entities import Account, Group, Pod, Task, Tenant
 from engine.fit import Fit, places_on
-from engine.lines import Line, Parked, accounts_of
+from engine.lines import Line, Parked
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
@@ -78,24 +78,31 @@ class WarmLine(Line):
 class RoomLine(Line):
     """Tasks that wait for room for a new Pod (or, `members` > 1, for as many at once)."""
 
-    __slots__ = ("failed_at", "fit", "members")
+    __slots__ = ("dropped", "failed_at", "fit", "members")
 
     def __init__(self, fit: Fit, node: int, members: int, parked: Parked, common: Tenant) -> None:
         super().__init__(node, parked, common)
+        self.dropped = False
         self.fit = fit
         self.members = members
         self.failed_at: tuple[int, int, int] = (-1, -1, -1)
         """What was idle and free when making room failed last."""
 
 
-@dataclass(frozen=True, slots=True)
 class Shape:
     """What a task asks for once predictions and past failures are taken in."""
 
-    kind: Kind
-    need: int
-    demand: Demand
-    slots: int
+    __slots__ = ("demand", "kind", "need", "possible", "rooms", "slots")
+
+    def __init__(self, kind: Kind, demand: Demand, slots: int) -> None:
+        self.kind = kind
+        self.demand = demand
+        self.need = demand.gpu_memory_bytes
+        self.slots = slots
+        self.rooms: dict[tuple[bool, int, int], RoomLine] = {}
+        """(empty, node's row or -1, members) -> line."""
+        self.possible: dict[tuple[int, bool], tuple[int, bool]] = {}
+        """(members, on one node) -> (topology, whether the known nodes could ever hold it)."""
 
 
 def cap_of(pod: Pod) -> int:
@@ -117,7 +124,7 @@ class Backlog:
         self.profile = profile
         self.kinds: dict[tuple[str, str, int, Demand], Kind] = {}
         self.fits: dict[tuple[Demand, bool], Fit] = {}
-        self.shapes: dict[tuple[str, str, int, Demand], Shape] = {}
+        self.shapes: dict[tuple[str, str, int, Demand, int, bool], Shape] = {}
         self.room_lines: dict[tuple[Demand, bool, int, int], RoomLine] = {}
         self.bound: dict[int, dict[RoomLine, None]] = {}
         """Room lines of one node, by its row."""
@@ -137,8 +144,6 @@ class Backlog:
         """Urgent tasks in lines."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
         """(method, model) -> its Pods that are not gone."""
-        self.possible: dict[tuple[Demand, int, bool], tuple[int, bool]] = {}
-        """(demand, members, on one node) -> (topology, whether the known nodes could ever hold it)."""
         self.timers = Timers()
         self.ages: list[tuple[Micros, int, int, Task]] = []
         self._ticket = 0
@@ -148,6 +153,13 @@ class Backlog:
         self._topology = -1
         self._scorers = profile.scorer_values()
         self._common = Tenant("", -1)
+        ordering = profile.ordering
+        self._rank = ordering.rank
+        self._fair_tenants = ordering.fair_tenants
+        self._fair_groups = ordering.fair_groups
+        self._age_us = ordering.age_us
+        self._warm_reuse = profile.warm_reuse
+        self._spread_slots = profile.spread_slots
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -192,37 +204,51 @@ class Backlog:
 
     def waits(self, task: Task) -> None:
         """Put a task into its lines."""
-        shape = self.shape_of(task)
-        spec, group = task.spec, task.group
-        row, empty = self.where(task, shape)
+        shape: Shape = self.shape_of(task)
+        task.shape = shape
+        group = task.group
+        row, empty = -1, False
         if group is not None:
+            row, empty = self.where(task, shape)
             group.waiting[task.req_no] = task
-        room = self._room_line(shape.demand, empty, row, spec.members)
-        lines: tuple[Line, ...] = (room,)
-        if self.profile.warm_reuse and not empty and spec.members == 1:
+        members = task.spec.members
+        room = shape.rooms.get((empty, row, members))
+        if room is None or room.dropped:
+            room = shape.rooms[empty, row, members] = self._room_line(shape.demand, empty, row, members)
+        self._ticket = ticket = self._ticket + 1
+        task.line_ticket = ticket
+        band, key = self._rank(task, self.state.now)
+        entry = (key, task.seq, ticket, task)
+        tenant: Account = self._common
+        account: Account = self._common
+        tenant_seq = group_seq = -1
+        if self._fair_tenants:
+            tenant, tenant_seq = task.tenant, task.tenant.seq
+            if group is not None and self._fair_groups:
+                account, group_seq = group, group.seq
+        if self._warm_reuse and not empty and members == 1:
             warm = shape.kind.lines.get((shape.need, row))
             if warm is None:
                 warm = shape.kind.lines[shape.need, row] = WarmLine(
                     shape.kind, shape.need, row, self.parked, self._common
                 )
-            lines = (warm, room)
-        ordering = self.profile.ordering
-        band, key = ordering.rank(task, self.state.now)
-        accounts = accounts_of(task, ordering.fair_tenants, ordering.fair_groups, self._common)
-        self._ticket += 1
-        task.line_ticket = self._ticket
-        task.lines = lines
+            task.lines = (warm, room)
+            warm.push(entry, band, tenant, tenant_seq, account, group_seq)
+            if not warm.active and shape.kind.offers(shape.need):
+                self.wake(warm)
+        else:
+            task.lines = (room,)
+        room.push(entry, band, tenant, tenant_seq, account, group_seq)
+        self.active[room] = self.woken[room] = None
+        room.active = True
         if task.urgent:
             self.urgent += 1
             if self.profile.preempt:
                 self.task_due(task, task.pending_since + self.profile.preempt_patience_us)
-        for line in lines:
-            line.push(task, band, key, accounts, self._ticket)
-            self.wake(line)
-        if band and ordering.age_us:
-            heappush(self.ages, (task.submitted_at + ordering.age_us, task.seq, self._ticket, task))
+        if band and self._age_us:
+            heappush(self.ages, (task.submitted_at + self._age_us, task.seq, ticket, task))
             if len(self.ages) > 1024 + 2 * self.state.pending:
-                self.ages = [entry for entry in self.ages if entry[3].line_ticket == entry[2]]
+                self.ages = [each for each in self.ages if each[3].line_ticket == each[2]]
                 heapify(self.ages)
 
     def leaves(self, task: Task) -> None:
@@ -262,36 +288,37 @@ class Backlog:
         """Offer a Pod's free slots, or withdraw them."""
         warm = pod.warm
         if warm is None:
-            demand = pod.demand
-            kind = self._kind(pod.method, pod.model, pod.slots, demand)
-            warm = pod.warm = kind.set_of(cap_of(pod))
+            warm = pod.warm = self._kind(pod.method, pod.model, pod.slots, pod.demand).set_of(cap_of(pod))
             self.by_model.setdefault((pod.method, pod.model), {})[pod.number] = pod
-        if pod.state is PodState.GONE:
-            self._forget(pod)
-        busy = len(pod.tasks)
-        row = pod.node.index
+        number, row, busy = pod.number, pod.node.index, len(pod.tasks)
         if busy >= pod.slots or not pod.usable:
             if pod.offered >= 0:
                 pod.offered = -1
                 here = warm.by_node[row]
-                del here[pod.number]
+                del here[number]
                 if not here:
                     del warm.by_node[row]
-            self.idle.pop(pod.number, None)
+            self.idle.pop(number, None)
+            if pod.state is PodState.GONE:
+                self._forget(pod)
             return
         if pod.offered < 0:
-            warm.by_node.setdefault(row, {})[pod.number] = pod
+            if row in warm.by_node:
+                warm.by_node[row][number] = pod
+            else:
+                warm.by_node[row] = {number: pod}
         pod.offered = busy
         exclusive = pod.node.exclusive is not None
         creating = pod.state is PodState.CREATING
         if not exclusive:
-            heappush(warm.heap, (creating, busy if self.profile.spread_slots else -busy, pod.number, busy, pod))
-            if len(warm.heap) > 64 + 8 * len(warm.by_node):
+            heap = warm.heap
+            heappush(heap, (creating, busy if self._spread_slots else -busy, number, busy, pod))
+            if len(heap) > 64 + 8 * len(warm.by_node):
                 self._compact(warm)
         if busy or creating:
-            self.idle.pop(pod.number, None)
-        elif pod.number not in self.idle:
-            self.idle[pod.number] = pod
+            self.idle.pop(number, None)
+        elif number not in self.idle:
+            self.idle[number] = pod
             self.idle_version += 1
         for (need, line_row), line in warm.kind.lines.items():
             if (
@@ -405,21 +432,23 @@ class Backlog:
     def shape_of(self, task: Task) -> Shape:
         """Return what the task asks for."""
         spec = task.spec
-        demand, slots = spec.demand, spec.slots
-        if demand.gpus and task.alone:
-            memory = self._at_most_a_card(max(demand.gpu_memory_bytes, task.memory_floor), demand)
-            demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
-        elif (
-            demand.gpus and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU and task.estimate is not None
-        ):
-            predicted = task.estimate.gpu_memory_bytes
-            if predicted:
-                demand = replace(demand, gpu_memory_bytes=self._at_most_a_card(rounded_up(predicted), demand))
-        key = (spec.method, spec.model, slots, demand)
+        demand, memory = spec.demand, 0
+        if demand.gpus:
+            if task.alone:
+                memory = self._at_most_a_card(max(demand.gpu_memory_bytes, task.memory_floor), demand)
+            elif task.estimate is not None and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU:
+                memory = task.estimate.gpu_memory_bytes
+                if memory:
+                    memory = self._at_most_a_card(rounded_up(memory), demand)
+        key = (spec.method, spec.model, spec.slots, demand, memory, task.alone)
         shape = self.shapes.get(key)
         if shape is None:
-            kind = self._kind(spec.method, spec.model, slots, demand)
-            shape = self.shapes[key] = Shape(kind, demand.gpu_memory_bytes, demand, slots)
+            slots = spec.slots
+            if task.alone and demand.gpus:
+                demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
+            elif memory:
+                demand = replace(demand, gpu_memory_bytes=memory)
+            shape = self.shapes[key] = Shape(self._kind(spec.method, spec.model, slots, demand), demand, slots)
         return shape
 
     def _at_most_a_card(self, memory_bytes: int, demand: Demand) -> int:
@@ -453,6 +482,8 @@ class Backlog:
         if group is None:
             return -1, False
         kind, node = task.spec.affinity, group.node
+        if kind is Affinity.PREFERRED and (node is None or node.exclusive is None):
+            return -1, False
         if node is not None and (kind in (Affinity.STRICT, Affinity.EXCLUSIVE) or node.exclusive is group):
             members = task.spec.members
             if places_on(self.state.cluster, node, shape.demand, members) >= members:
@@ -478,6 +509,7 @@ class Backlog:
         return line
 
     def _drop_room_line(self, line: RoomLine) -> None:
+        line.dropped = True
         if line.active:
             self.sleep(line)
         for lines in self.parked.values():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.resources import Demand, GpuGrant, GpuSpec, NodeSpec
+from engine.resources import WHOLE_GPU, Demand, GpuGrant, GpuSpec, NodeSpec
 from engine.tasks import NEVER, Estimate, FailureCause, Micros, PodState, TaskSpec, TaskState, is_urgent
 
 
@@ -251,7 +251,9 @@ class Task:
         "ordered_at",
         "pending_since",
         "pods",
+        "predicted_us",
         "preemptions",
+        "price",
         "progress_done",
         "progress_total",
         "rank_started",
@@ -259,6 +261,7 @@ class Task:
         "result",
         "retry_at",
         "seq",
+        "shape",
         "spec",
         "started_at",
         "state",
@@ -283,7 +286,6 @@ class Task:
         self.submitted_at = now
         self.pending_since = now
         self.deadline = spec.start_deadline
-        self.estimate = estimate
         self.attempt = 0
         self.failures = 0
         self.preemptions = 0
@@ -313,29 +315,31 @@ class Task:
         self.alone = False
         """Run on whole GPUs, one task per Pod, since it ran out of memory."""
         # derived
+        self.predicted_us: Micros = 1
+        """Predicted run time."""
+        demand = spec.demand
+        self.price = (demand.gpus * demand.gpu_share or WHOLE_GPU) * spec.members
+        """Thousandths of GPUs that its Pods hold."""
+        self.shape: Any = None
+        """What it asks for, as the waiting lines see it."""
         self.line_ticket = 0
         """What its entries in waiting lines carry while it waits; 0: it does not wait."""
         self.lines: Any = ()
+        self.take_estimate(estimate)
 
     @property
     def whole(self) -> int:
         """Return the bit mask with one bit per member of the gang."""
         return (1 << self.spec.members) - 1
 
-    def predicted_us(self, gpu_model: str = "*") -> Micros:
-        """Return the predicted run time: the estimate's mean, else what was declared, else one second."""
-        if self.estimate is not None:
-            return max(1, self.estimate.duration(gpu_model).mean)
-        return max(1, self.spec.declared_us or 1_000_000)
-
-    @property
-    def cost(self) -> int:
-        """Return what an attempt is charged: predicted GPU-microseconds."""
-        return self.cost_of(self.predicted_us())
+    def take_estimate(self, estimate: Estimate | None) -> None:
+        """Take over an estimate; without one, what was declared holds, else one second."""
+        self.estimate = estimate
+        if estimate is not None and any(model == "*" for model, _ in estimate.durations):
+            self.predicted_us = max(1, estimate.duration().mean)
+        else:
+            self.predicted_us = max(1, self.spec.declared_us or 1_000_000)
 
     def cost_of(self, run_us: Micros) -> int:
         """Return the GPU-microseconds of a run time (CPU-only tasks count as one GPU)."""
-        demand = self.spec.demand
-        gpus = demand.gpus * demand.gpu_share
-        slots = 1 if self.alone else self.spec.slots
-        return run_us * (gpus or 1000) * self.spec.members // (1000 * slots)
+        return run_us * self.price // (1000 if self.alone else 1000 * self.spec.slots)

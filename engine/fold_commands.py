@@ -68,7 +68,8 @@ def start_task(state: State, now: Micros, c: StartTask) -> None:
         bind_rank(state, task, pod, c.rank)
     task.live |= 1 << c.rank
     task.ordered_at = now
-    state.watch.check_pod(pod, now + state.limits.start_us)
+    if pod.check_at > now + state.limits.start_us:
+        state.watch.check_pod(pod, now + state.limits.start_us)
 
 
 def stop_task(state: State, now: Micros, c: StopTask) -> None:

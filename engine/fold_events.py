@@ -66,7 +66,7 @@ def task_estimated(state: State, now: Micros, e: ev.TaskEstimated) -> None:
     waits = task.admitted and task.state is TaskState.PENDING and task.req_no not in state.claims
     if waits:
         state.watch.leaves(task)
-    task.estimate = e.estimate
+    task.take_estimate(e.estimate)
     if waits:
         state.watch.waits(task)
 
@@ -333,7 +333,8 @@ def task_finished(state: State, now: Micros, e: ev.TaskFinished) -> None:
     move(task, TaskCause.FINISH)
     settle(task, e.run_us or (now - task.started_at if task.started_at else 0))
     task.tenant.running -= 1
-    state.watch.tenant_changed(task.tenant)
+    if task.tenant.max_running:
+        state.watch.tenant_changed(task.tenant)
     task.pods = []
     state.agenda.append((agenda.FINISHED, task))
     forget_in_time(state, task, now)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from engine import agenda
 from engine.entities import Claim, Group, Node, Pod, Task
-from engine.lifecycle import PodCause, TaskCause, next_pod_state, next_task_state
+from engine.errors import InvariantViolated
+from engine.lifecycle import TASK_TABLE, PodCause, TaskCause, next_pod_state
 from engine.tasks import Affinity, FailureCause, Micros, PodState, TaskState
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 def move(task: Task, cause: TaskCause) -> None:
     """Move a task along the table."""
-    task.state = next_task_state(task.state, cause)
+    after = TASK_TABLE[task.state].get(cause)
+    if after is None:
+        raise InvariantViolated(f"task {task.req_no} is {task.state}, it cannot {cause}")
+    task.state = after
 
 
 def count_pending(state: State, task: Task) -> None:
@@ -41,7 +45,7 @@ def uncount_pending(state: State, task: Task) -> None:
 
 def charge(state: State, task: Task) -> None:
     """Charge the predicted cost of an attempt to the task's tenant and group."""
-    cost = task.cost
+    cost = task.cost_of(task.predicted_us) or 1
     task.charged = cost
     tenant, group = task.tenant, task.group
     if tenant.vtime > state.floor:
@@ -74,7 +78,7 @@ def begin_attempt(state: State, task: Task, attempt: int) -> None:
     uncount_pending(state, task)
     task.tenant.running += 1
     charge(state, task)
-    if task.req_no in state.claims:
+    if state.claims and task.req_no in state.claims:
         drop_claim(state, state.claims[task.req_no])
     else:
         state.watch.leaves(task)
@@ -87,8 +91,11 @@ def bind_rank(state: State, task: Task, pod: Pod, rank: int) -> None:
     if pod.state is not PodState.CREATING:
         pod.state = next_pod_state(pod.state, PodCause.TAKE)
     state.watch.pod_changed(pod)
-    group, affinity = task.group, task.spec.affinity
-    if group is None or affinity is Affinity.NONE or group.node is pod.node:
+    group = task.group
+    if group is None or group.node is pod.node:
+        return
+    affinity = task.spec.affinity
+    if affinity is Affinity.NONE:
         return
     if group.node is not None:
         if affinity is Affinity.PREFERRED or rank > 0:
@@ -139,7 +146,8 @@ def release_rank(state: State, task: Task, rank: int, now: Micros) -> None:
         pod.idle_since = now
         if not pod.usable:
             state.agenda.append((agenda.POD_UNUSED, pod))
-        state.watch.check_pod(pod, now + state.limits.idle_ttl_us)
+        if pod.check_at > now + state.limits.idle_ttl_us:
+            state.watch.check_pod(pod, now + state.limits.idle_ttl_us)
     state.watch.pod_changed(pod)
 
 
@@ -168,7 +176,8 @@ def end_attempt(state: State, task: Task, now: Micros) -> None:
     task.live = 0
     settle(task, now - task.started_at if task.started_at else 0)
     task.tenant.running -= 1
-    state.watch.tenant_changed(task.tenant)
+    if task.tenant.max_running:
+        state.watch.tenant_changed(task.tenant)
     task.pending_since = now
     count_pending(state, task)
     state.agenda.append((agenda.ENDED, task))

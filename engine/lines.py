@@ -14,6 +14,9 @@ from engine.entities import Account, Task, Tenant
 Rank = tuple[int, int, int, int, int, int, int]
 """(band, tenant's virtual time, tenant, group's virtual time, group, key, sequence number): smaller is sooner."""
 
+Entry = tuple[int, int, int, Task]
+"""(key, sequence number, ticket, task)."""
+
 
 class _Groups:
     """Tasks of one account (a group, or all of a tenant), the soonest first."""
@@ -23,7 +26,7 @@ class _Groups:
     def __init__(self, account: Account, seq: int) -> None:
         self.account = account
         self.seq = seq
-        self.tasks: list[tuple[int, int, int, Task]] = []
+        self.tasks: list[Entry] = []
 
 
 class _Tenants:
@@ -73,11 +76,9 @@ class _Band:
         self.heap: list[tuple[int, int, _Tenants]] = []
         self.by_tenant: dict[int, _Tenants] = {}
         self.parked_tenants: dict[int, _Tenants] = {}
-        self.parked_tasks: dict[int, list[tuple[int, int, int, Task]]] = {}
+        self.parked_tasks: dict[int, list[Entry]] = {}
 
-    def push(
-        self, task: Task, key: int, tenant: Account, tenant_seq: int, group: Account, group_seq: int, ticket: int
-    ) -> None:
+    def push(self, entry: Entry, tenant: Account, tenant_seq: int, group: Account, group_seq: int) -> None:
         tenants = self.by_tenant.get(tenant_seq)
         if tenants is None:
             tenants = self.by_tenant[tenant_seq] = _Tenants(tenant, tenant_seq)
@@ -86,7 +87,7 @@ class _Band:
         if groups is None:
             groups = tenants.by_group[group_seq] = _Groups(group, group_seq)
             heappush(tenants.heap, (group.vtime, group_seq, groups))
-        heappush(groups.tasks, (key, task.seq, ticket, task))
+        heappush(groups.tasks, entry)
 
     def head(self, band: int) -> tuple[Rank, Task] | None:
         heap = self.heap
@@ -124,9 +125,9 @@ class _Band:
         tasks = self.parked_tasks.get(tenant.seq, [])
         room = tenant.max_running - tenant.running if tenant.max_running else len(tasks)
         while tasks and room > 0:
-            key, _, ticket, task = heappop(tasks)
-            if task.line_ticket == ticket:
-                self.push(task, key, *self.line.common, *self.line.common, ticket)
+            entry = heappop(tasks)
+            if entry[3].line_ticket == entry[2]:
+                self.push(entry, *self.line.common, *self.line.common)
                 room -= 1
         if not tasks:
             self.parked_tasks.pop(tenant.seq, None)
@@ -151,13 +152,23 @@ class Line:
         self.pushed = 0
         self.active = False
 
-    def push(self, task: Task, band: int, key: int, accounts: tuple[Account, int, Account, int], ticket: int) -> None:
-        """Add a task under its ticket."""
+    def push(self, entry: Entry, band: int, tenant: Account, tenant_seq: int, group: Account, group_seq: int) -> None:
+        """Add a task under its ticket, and under the accounts that rank it."""
         self.live += 1
         self.pushed += 1
-        self.bands[band].push(task, key, accounts[0], accounts[1], accounts[2], accounts[3], ticket)
+        self.bands[band].push(entry, tenant, tenant_seq, group, group_seq)
         if self.pushed > 64 + 2 * self.live:
-            self._compact()
+            self.compact()
+
+    def compact(self) -> None:
+        """Drop the entries whose tickets are void, so that memory follows what waits, not what ever waited."""
+        self.pushed = 0
+        for band in self.bands:
+            for tenants in band.by_tenant.values():
+                for groups in tenants.by_group.values():
+                    groups.tasks = [t for t in groups.tasks if t[3].line_ticket == t[2]]
+                    heapify(groups.tasks)
+                    self.pushed += len(groups.tasks)
 
     def head(self) -> tuple[Rank, Task] | None:
         """Return who is next, with the rank to compare with other lines, or None."""
@@ -170,25 +181,3 @@ class Line:
         for band in self.bands:
             band.unpark(tenant)
         return any(band.holds(tenant) for band in self.bands)
-
-    def _compact(self) -> None:
-        """Drop the entries whose tickets are void, so that memory follows what waits, not what ever waited."""
-        self.pushed = 0
-        for band in self.bands:
-            for tenants in band.by_tenant.values():
-                for groups in tenants.by_group.values():
-                    groups.tasks = [t for t in groups.tasks if t[3].line_ticket == t[2]]
-                    heapify(groups.tasks)
-                    self.pushed += len(groups.tasks)
-
-
-def accounts_of(task: Task, fair_tenants: bool, fair_groups: bool, common: Tenant) -> tuple[Account, int, Account, int]:
-    """Return the tenant's and the group's account that rank a task; a level that is not shared fairly has one for all.
-
-    Groups share within a tenant, so without fair tenants there are no fair groups either.
-    """
-    if not fair_tenants:
-        return common, -1, common, -1
-    if not fair_groups or task.group is None:
-        return task.tenant, task.tenant.seq, common, -1
-    return task.tenant, task.tenant.seq, task.group, task.group.seq

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.backlog import Backlog, RoomLine
 from engine.commands import Command, DeletePod, Notify
 from engine.entities import Deployment, Pod, Task
+from engine.fold_commands import COMMAND_FOLDS
 from engine.limits import Limits
 from engine.lines import Rank
 from engine.profile import Profile
@@ -37,7 +38,11 @@ class Turn:
 
     def order(self, command: Command) -> None:
         """Give an order."""
-        self.state.apply_command(self.now, command)
+        COMMAND_FOLDS[type(command)](self.state, self.now, command)
+        self.commands.append(command)
+
+    def news(self, command: Notify) -> None:
+        """Tell what the state knows already."""
         self.commands.append(command)
 
     def tell(self, task: Task, state: TaskState, reason: str = "", detail: str = "", until: Micros = 0) -> None:

@@ -42,15 +42,17 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
             Reason.TENANT_PENDING_QUOTA,
             f"tenant {tenant.name!r} has {tenant.pending} tasks waiting, its limit is {tenant.max_pending}; try again later",
         )
-    if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, spec):
+    task.shape = turn.backlog.shape_of(task)
+    if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, task):
         return Reason.IMPOSSIBLE, f"demand: the known nodes could never hold it: {describe(spec.demand)}; ask for less"
     return None
 
 
-def _possible(turn: Turn, spec: TaskSpec) -> bool:
-    cache = turn.backlog.possible
+def _possible(turn: Turn, task: Task) -> bool:
+    spec = task.spec
     together = spec.members > 1 and bool(spec.group) and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE)
-    key = (spec.demand, spec.members, together)
+    cache: dict[tuple[int, bool], tuple[int, bool]] = task.shape.possible
+    key = (spec.members, together)
     known = cache.get(key)
     topology = turn.state.cluster.topology
     if known is None or known[0] != topology:

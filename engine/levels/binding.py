@@ -6,13 +6,12 @@ from heapq import heappop, heappush, heapreplace
 
 from engine.backlog import Kind, RoomLine, Shape, WarmLine
 from engine.cluster import pick_gpus
-from engine.commands import Notify, PrefetchModel, Room, StartTask
+from engine.commands import Notify, StartTask
 from engine.entities import Node, Pod, Task
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import claim, make_room
 from engine.lines import Rank
-from engine.reasons import Reason
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 
@@ -119,7 +118,7 @@ def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
 
 def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     """Create a Pod for a task where there is room."""
-    shape = turn.backlog.shape_of(task)
+    shape = task.shape
     if line.members > 1:
         return place_gang(turn, line, task, shape)
     node = choose_node(turn, line, task, shape)

@@ -19,4 +19,4 @@ def create_pod(
     attempt = attempt or task.attempt + 1
     turn.order(CreatePod(number, node.name, spec.method, spec.model, grants, demand, slots, spec.req_no, attempt, rank))
     if rank == 0:
-        turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", node.name, turn.now))
+        turn.news(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", node.name, turn.now))

@@ -78,7 +78,7 @@ class Fair:
             return 0, task.submitted_at - (task.spec.priority - URGENT_PRIORITY) * self.priority_step_us
         if self.age_us and task.submitted_at + self.age_us <= now:
             return 0, task.submitted_at + self.age_us
-        return 1, task.predicted_us() if self.shortest_first else 0
+        return 1, task.predicted_us if self.shortest_first else 0
 
 
 ORDERINGS: dict[str, type[Fifo] | type[ByPriority] | type[Fair]] = {"fifo": Fifo, "priority": ByPriority, "fair": Fair}

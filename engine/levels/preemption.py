@@ -81,7 +81,7 @@ def _loss(turn: Turn, task: Task) -> Micros:
 
 def _remaining(turn: Turn, task: Task) -> Micros:
     """Return how long a task still runs by its prediction; one that has outlived it is taken to need a tenth more."""
-    predicted = task.predicted_us()
+    predicted = task.predicted_us
     elapsed = turn.now - task.started_at if task.started_at else 0
     return max(predicted - elapsed, predicted // 10)
 
@@ -91,7 +91,7 @@ def _preempt_for(turn: Turn, task: Task, line: RoomLine, victims: list[tuple[int
     if not victims:
         return 0
     gain = min(_remaining(turn, each) for _, _, each in victims) * turn.profile.urgent_weight
-    shape = turn.backlog.shape_of(task)
+    shape = task.shape
     pods = turn.state.pods
     for loss, _, victim in victims:
         pod = pods[victim.pods[0]]

@@ -108,7 +108,7 @@ def _stop_rest(turn: Turn, task: Task) -> None:
 
 def _running(turn: Turn, task: Task) -> None:
     node = _node_name(turn, task)
-    turn.order(Notify(task.req_no, TaskState.RUNNING, task.attempt, "", "", "", node, turn.now))
+    turn.news(Notify(task.req_no, TaskState.RUNNING, task.attempt, "", "", "", node, turn.now))
 
 
 def _node_name(turn: Turn, task: Task) -> str:
@@ -117,7 +117,7 @@ def _node_name(turn: Turn, task: Task) -> str:
 
 
 def _finished(turn: Turn, task: Task) -> None:
-    turn.order(Notify(task.req_no, TaskState.FINISHED, task.attempt, "", "", task.result, "", turn.now))
+    turn.news(Notify(task.req_no, TaskState.FINISHED, task.attempt, "", "", task.result, "", turn.now))
 
 
 def _orphan(turn: Turn, number: int) -> None:
