@@ -1,0 +1,241 @@
+"""Acts out attempts on the simulated cluster: how long each runs, how it ends, and how it is stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.commands import StartTask, StopTask
+from engine.events import TaskFailed, TaskFinished, TaskProgressed, TaskStarted, TaskStopped
+from engine.tasks import FailureCause, Micros, TaskSpec, TaskType
+from sim.draws import lognormal, unit
+from sim.parts import AttemptKey, Outcome, SimAttempt, SimPod
+
+if TYPE_CHECKING:
+    from sim.world import SimWorld
+
+_LORAS_PER_POD = 8
+_PEAKS_REMEMBERED = 10_000
+_EPSILON = 1e-6
+"""A step counts as done at its end, however floating point rounds."""
+_STOP_SAVE_US = 200_000
+"""Time to write a checkpoint or latents down when an attempt is told to stop and keep them."""
+
+
+class Attempts:
+    """The attempts of one simulated world."""
+
+    def __init__(self, world: SimWorld) -> None:
+        self._world = world
+        self._attempts: dict[AttemptKey, SimAttempt] = {}
+        self.checkpoints: dict[str, dict[str, float]] = {}
+        """By task: the share of the work that each of its checkpoints holds."""
+        self._peaks: dict[tuple[object, ...], int] = {}
+
+    def forget(self, key: AttemptKey, attempt: SimAttempt) -> None:
+        """Let an attempt vanish with its Pod."""
+        attempt.token += 1
+        self._attempts.pop(key, None)
+
+    def start(self, order: StartTask) -> None:
+        """Begin to carry out a StartTask."""
+        pod = self._world.pods.get(order.pod)
+        known = self._world.open_tasks.get(order.req_no)
+        if pod is None or pod.stopping or known is None:
+            return
+        key = (order.req_no, order.attempt, order.rank)
+        done = self.checkpoints.get(order.req_no, {}).get(order.checkpoint, 0.0) if order.checkpoint else 0.0
+        attempt = SimAttempt(key, known[0], known[1], pod, done)
+        pod.running[key] = self._attempts[key] = attempt
+        # Order and report both travel before the run: it shifts the run by one report, and saves a timeout per task.
+        self._world.after(2 * self._world.hardware.dispatch_us, self._begin, attempt, attempt.token)
+
+    def _begin(self, attempt: SimAttempt, token: int) -> None:
+        if attempt.token != token:
+            return
+        if attempt.stop_ordered:
+            self._stopped(attempt, token, False)
+            return
+        req_no, number, rank = attempt.key
+        now = self._world.now()
+        attempt.began_at = attempt.rebased_at = now
+        self._decide(attempt)
+        self._world.emit(TaskStarted(req_no, number, rank))
+        self._respeed(attempt.pod)
+        if self._world.hardware.progress_reports and attempt.task.task_type is TaskType.TP:
+            self._arm_progress(attempt)
+
+    def _decide(self, attempt: SimAttempt) -> None:
+        """Settle how long the attempt runs alone and how it ends."""
+        task, truth, pod, hardware = attempt.task, attempt.truth, attempt.pod, self._world.hardware
+        req_no, number, _ = attempt.key
+        if truth.work_us is not None:
+            work = truth.work_us / hardware.speed(pod.gpu_model)
+        else:
+            noise = (
+                1.0
+                if task.method == "sleep"
+                else lognormal(hardware.noise_sigma, self._world.seed, "run", req_no, number)
+            )
+            work = hardware.run_us(task, pod.gpu_model, pod.share) * noise
+            if task.method != "sleep":
+                work += hardware.transfer_us(_pictures(task))
+        work = max(1.0, work * (1.0 - attempt.done_before)) + self._lora_us(attempt)
+        attempt.peak_bytes = truth.peak_gpu_memory_bytes or self._peak_bytes(task)
+        cap = min((grant.memory_bytes for grant in pod.order.grants), default=0)
+        wish = _wished_failure(task, number)
+        if cap and attempt.peak_bytes > cap:
+            attempt.outcome, attempt.cause, attempt.peak_bytes = Outcome.FAIL, FailureCause.OUT_OF_MEMORY, cap
+            work *= 0.1 + 0.4 * unit(self._world.seed, "oom", req_no, number)
+        elif truth.fails_with is not None or wish is not None:
+            attempt.cause = truth.fails_with or wish or FailureCause.CRASHED
+            attempt.outcome = Outcome.CRASH if wish is FailureCause.CRASHED else Outcome.FAIL
+        elif (
+            self._world.plan.attempt_crash_ppm
+            and unit(self._world.seed, "crash", req_no, number) * 1e6 < self._world.plan.attempt_crash_ppm
+        ):
+            attempt.outcome = Outcome.CRASH
+            work *= unit(self._world.seed, "crash-at", req_no, number)
+        attempt.total_us = attempt.left_us = max(1.0, work)
+
+    def _peak_bytes(self, task: TaskSpec) -> int:
+        key = (task.method, task.model, task.features)
+        median = self._peaks.get(key)
+        if median is None:
+            if len(self._peaks) >= _PEAKS_REMEMBERED:
+                self._peaks.clear()
+            median = self._peaks[key] = self._world.hardware.peak_memory_bytes(task)
+        return (
+            round(median * lognormal(self._world.hardware.memory_sigma, self._world.seed, "memory", task.req_no))
+            if median
+            else 0
+        )
+
+    def _lora_us(self, attempt: SimAttempt) -> float:
+        spent = 0.0
+        loaded = attempt.pod.loras
+        for lora in attempt.truth.loras:
+            if lora in loaded:
+                loaded.move_to_end(lora)
+                continue
+            self._world.count("lora_loads")
+            spent += self._world.hardware.lora_load_us * lognormal(
+                self._world.hardware.lora_sigma, self._world.seed, "lora", lora, attempt.key[0], attempt.key[1]
+            )
+            loaded[lora] = None
+            if len(loaded) > _LORAS_PER_POD:
+                loaded.popitem(last=False)
+        return spent
+
+    def _respeed(self, pod: SimPod) -> None:
+        """Set everybody's speed in a Pod after one came or went, and reschedule their ends."""
+        if pod.hung:
+            return
+        now = self._world.now()
+        running = [attempt for attempt in pod.running.values() if attempt.began_at >= 0]
+        marginal = self._world.hardware.marginal_slot
+        stretch = 1.0 - marginal + marginal * len(running)
+        for attempt in running:
+            attempt.rebase(now)
+            attempt.stretch = stretch
+            attempt.token += 1
+            self._world.after(max(1, round(attempt.left_us * stretch)), self._end, attempt, attempt.token)
+
+    def _end(self, attempt: SimAttempt, token: int) -> None:
+        if attempt.token != token:
+            return
+        req_no, number, rank = attempt.key
+        if attempt.outcome is Outcome.CRASH:
+            self._world.crash_pod(attempt.pod.order.pod, f"attempt {number} of {req_no} crashed")
+            return
+        self._leave(attempt)
+        if attempt.outcome is Outcome.FAIL:
+            self._world.emit(TaskFailed(req_no, number, attempt.cause, rank, "simulated", attempt.peak_bytes))
+        else:
+            spent = self._world.now() - attempt.began_at
+            self._world.emit(TaskFinished(req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes))
+
+    def _leave(self, attempt: SimAttempt) -> None:
+        attempt.token += 1
+        self._attempts.pop(attempt.key, None)
+        attempt.pod.running.pop(attempt.key, None)
+        if attempt.pod.running:
+            self._respeed(attempt.pod)
+
+    def _arm_progress(self, attempt: SimAttempt) -> None:
+        gap = max(1, round(attempt.total_us / (self._world.hardware.progress_reports + 1)))
+        self._world.after(gap, self._report_progress, attempt, gap)
+
+    def _report_progress(self, attempt: SimAttempt, gap: Micros) -> None:
+        if self._attempts.get(attempt.key) is not attempt:
+            return
+        req_no, number, rank = attempt.key
+        steps = self._steps(attempt.task)
+        done = int(attempt.done_share(self._world.now()) * steps + _EPSILON)
+        self._world.emit(TaskProgressed(req_no, number, done, steps, rank))
+        self._world.after(gap, self._report_progress, attempt, gap)
+
+    # --- stopping -----------------------------------------------------------------------------------------------------
+
+    def stop(self, order: StopTask) -> None:
+        """Begin to carry out a StopTask."""
+        attempt = self._attempts.get((order.req_no, order.attempt, order.rank))
+        if attempt is None or attempt.stop_ordered:
+            return
+        attempt.stop_ordered = True
+        if attempt.began_at < 0:
+            return
+        now = self._world.now()
+        steps = self._steps(attempt.task)
+        step_us = max(1.0, attempt.total_us * attempt.stretch / max(1.0, steps * (1.0 - attempt.done_before)))
+        to_boundary = round(step_us - (now - attempt.began_at) % step_us)
+        if order.grace_us and to_boundary > order.grace_us:
+            self._world.after(order.grace_us, self._kill_for_grace, attempt)
+            return
+        save = _STOP_SAVE_US if order.keep_checkpoint else 0
+        self._world.after(to_boundary + save, self._stop_due, attempt, order.keep_checkpoint)
+
+    def _stop_due(self, attempt: SimAttempt, keep: bool) -> None:
+        if self._attempts.get(attempt.key) is attempt:
+            self._stopped(attempt, attempt.token, keep)
+
+    def _kill_for_grace(self, attempt: SimAttempt) -> None:
+        if self._attempts.get(attempt.key) is attempt:
+            self._world.pod_gone(attempt.pod.order.pod, FailureCause.POD_LOST, "killed after the grace")
+
+    def _stopped(self, attempt: SimAttempt, token: int, keep: bool) -> None:
+        if attempt.token != token:
+            return
+        req_no, number, rank = attempt.key
+        checkpoint = ""
+        if keep:
+            steps = self._steps(attempt.task)
+            done = int(attempt.done_share(self._world.now()) * steps + _EPSILON) / steps
+            checkpoint = f"sim:{req_no}/{number}/{round(done * steps)}-of-{steps}"
+            self.checkpoints.setdefault(req_no, {})[checkpoint] = done
+        self._leave(attempt)
+        self._world.emit(TaskStopped(req_no, number, rank, checkpoint))
+
+    def _steps(self, task: TaskSpec) -> int:
+        for name, value in task.features:
+            if name == "steps" and isinstance(value, int | float) and value >= 1:
+                return int(value)
+        return self._world.hardware.default_steps
+
+
+def _pictures(task: TaskSpec) -> int:
+    for name, value in task.features:
+        if name == "images" and isinstance(value, int | float):
+            return max(1, int(value))
+    return 1
+
+
+def _wished_failure(task: TaskSpec, attempt: int) -> FailureCause | None:
+    """Return the failure that a ``sleep`` task asks for: ``fail`` names it, ``fail_attempts`` how often (default: always)."""
+    if task.method != "sleep":
+        return None
+    features = dict(task.features)
+    limit = features.get("fail_attempts", 1 << 30)
+    if isinstance(limit, int | float) and attempt > limit:
+        return None
+    named = {"crash": FailureCause.CRASHED, "oom": FailureCause.OUT_OF_MEMORY, "error": FailureCause.BAD_INPUT}
+    return named.get(str(features.get("fail", "")))
