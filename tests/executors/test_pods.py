@@ -101,6 +101,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     finally:
         host.close()
         assert [child.cmdline() for child in psutil.Process().children(recursive=True) if _is_nursery(child)] == []
+        assert [parent for parent in host.limiter.parents.values() if parent.exists()] == []
 
 
 def _is_nursery(process: psutil.Process) -> bool:
