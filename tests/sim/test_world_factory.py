@@ -6,9 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import pytest
-
-from engine.events import NodeDrainRequested, NodeLost, TaskCancelRequested, TaskStarted
+from engine.events import NodeDrainRequested, NodeLost, TaskCancelRequested, TaskStarted, TaskStopped
 from engine.tasks import TaskState, TaskType
 
 
@@ -107,13 +105,13 @@ def test_a_drained_node_takes_nothing_new():
 
 def test_a_stopped_training_resumes_from_its_checkpoint():
     rig = make_sim_rig(profile="aigc")
-    rig.submit("train", seconds=1000, steps=100, task_type=TaskType.TP)
+    rig.submit("train", seconds=1000, steps=100, task_type=TaskType.TP, declared_us=1_000_000_000)
     rig.pump(lambda: rig.last("train") is TaskState.RUNNING)
     began = rig.world.now()
     rig.pump(lambda: rig.world.now() > began + 600_000_000, 700)
-    rig.submit("urgent", seconds=5, priority=200)
+    rig.submit("urgent", seconds=5, priority=200, declared_us=5_000_000)
     rig.pump(lambda: rig.last("urgent") is TaskState.FINISHED, 2_000)
     rig.pump(lambda: rig.last("train") is TaskState.FINISHED, 2_000)
-    if TaskState.STOPPING not in rig.states("train"):
-        pytest.skip("the profile did not preempt")
+    (stopped,) = [event for event in rig.events if isinstance(event, TaskStopped)]
+    assert stopped.checkpoint.endswith("-of-100")
     assert rig.world.now() - began < 1_100_000_000
