@@ -55,21 +55,21 @@ class Gateway:
         return (self.config.public_url or str(request.base_url)).rstrip("/")
 
 
-def gateway(request: Request) -> Gateway:
+async def gateway(request: Request) -> Gateway:
     """Return the application's parts."""
     parts = request.app.state.gateway
     assert isinstance(parts, Gateway)
     return parts
 
 
-def caller(request: Request, _: Annotated[Any, Security(_bearer)] = None) -> Caller:
+async def caller(request: Request, _: Annotated[Any, Security(_bearer)] = None) -> Caller:
     """Return who calls; the gate has authenticated already."""
     known = request.scope["state"].get("caller")
     assert isinstance(known, Caller)
     return known
 
 
-def operator(known: Annotated[Caller, Depends(caller)]) -> Caller:
+async def operator(known: Annotated[Caller, Depends(caller)]) -> Caller:
     """Return the caller, who must be an operator; raises Refused 403."""
     if known.role != "operator":
         raise Refused(403, "operators_only", "Only operators may do this; use a key with the role operator.")

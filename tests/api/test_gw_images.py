@@ -237,3 +237,21 @@ def test_event_streams_arrive_while_the_job_runs_and_end_when_the_caller_leaves(
         until(lambda: metrics.in_flight._value.get() == 0)
     finally:
         served.close()
+
+
+def test_a_tenant_has_only_so_many_requests_in_flight(tmp_path: Path) -> None:
+    served = Served(tmp_path, tenants={"ana": {"concurrency": 1}})
+    try:
+        job = served.gw.submit()
+        url = f"{served.url}/v1/jobs/{job['req_no']}"
+        with httpx.stream("GET", f"{url}/events", headers=served.gw.ana) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            refused = httpx.get(url, headers=served.gw.ana)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "too_many_in_flight"
+            assert refused.headers["retry-after"] == "1"
+            assert httpx.get(url, headers=served.gw.ops).status_code == 200
+        until(lambda: httpx.get(url, headers=served.gw.ana).status_code == 200)
+    finally:
+        served.close()

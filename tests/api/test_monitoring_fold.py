@@ -241,3 +241,15 @@ def test_other_processes_log_files_are_followed_through_replacement(tmp_path: Pa
     assert seen[0]["token"] == "[hidden]"
     assert seen[1]["module"] == "scheduler"
     assert seen[4]["module"] == "agent"
+
+
+def test_a_process_does_not_read_its_own_log_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "gateway.log"
+    own.write_text("")
+    monkeypatch.setattr("api.monitoring.logs._own_inode", lambda: own.stat().st_ino)
+    ring = LogRing()
+    tail = FileTail(tmp_path, ring)
+    own.write_text('{"event": "mine"}\n')
+    (tmp_path / "agent.log").write_text('{"event": "theirs"}\n')
+    tail.poll()
+    assert [line.fields["event"] for line in ring.after(0)] == ["theirs"]
