@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
-from engine import codec
+from api.ss_codec import decode_step, encode_step
 from engine.commands import Command
 from engine.events import Event
-from engine.journal import Record, decode_record
+from engine.journal import Record
 from engine.tasks import Micros
 
 _SCHEMA = """
@@ -145,16 +143,6 @@ class SqliteJournal:
             self._db.close()
 
 
-def encode_step(seq: int, now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> bytes:
-    """Encode a step as `engine.journal.decode_record` reads it.
-
-    The same format as `engine.journal.encode_record` writes, with default values spelled out, at a tenth of its time.
-    """
-    written = [[type(event).__name__, event] for event in events]
-    ordered = [[type(command).__name__, command] for command in commands]
-    return msgspec.json.encode([codec.VERSION, seq, now, written, ordered])
-
-
 def read_journal(path: Path | str, *, from_start: bool = False) -> tuple[bytes | None, list[Record]]:
     """Read a journal without taking the lead, for replay and for the simulator; `from_start` ignores snapshots.
 
@@ -200,7 +188,7 @@ def _load(db: sqlite3.Connection, path: Path, *, from_start: bool = False) -> tu
 
 def _decoded(path: Path, seq: int, body: bytes) -> Record:
     try:
-        return decode_record(body)
+        return decode_step(body)
     except ValueError as error:
         raise _corrupt(path, seq, f"it cannot be decoded: {error}", []) from error
 

@@ -79,7 +79,8 @@ class SchedulerConfig:
     """Makes the forecaster; gets the recovered records to learn from."""
     forecaster_file: Path | None = None
     """Where an online forecaster is kept between two lives."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=lambda: Limits(remembered=10_000))
+    """SS recognises every request that ever came, so the engine needs to remember only the newest of those that ended."""
     models: Sequence[Model] = ()
     """Builtin and local models."""
     default_model: str = "tiny"

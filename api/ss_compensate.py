@@ -7,22 +7,26 @@ attempts back; ``release_quota`` returns the reservation that a dead-lettered ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from api.ports import SupportRefused
 from api.ss_core import SupportCore
 from api.ss_jobs import Job
 from api.ss_queue import RESULTS, Outgoing
-from engine.events import TaskRevived
+from engine.events import TaskRevived, TaskSubmitted
 from engine.tasks import TaskState
 
 ACTIONS = ("redeliver_result", "rerun", "release_quota")
 RERUN_TIMEOUT_S = 30.0
+Remembered = Callable[[str], Awaitable[bool]]
 
 
-async def compensate(core: SupportCore, job: Job, action: str, key: str) -> Mapping[str, Any]:
-    """Carry out one compensation and return its recorded answer; the same key returns the same answer."""
+async def compensate(core: SupportCore, remembered: Remembered, job: Job, action: str, key: str) -> Mapping[str, Any]:
+    """Carry out one compensation and return its recorded answer; the same key returns the same answer.
+
+    `remembered` tells whether the engine still knows a task.
+    """
     if action not in ACTIONS:
         raise SupportRefused(
             422, "unknown_action", f"action: {action!r} is unknown; choose one of: {', '.join(ACTIONS)}"
@@ -35,7 +39,7 @@ async def compensate(core: SupportCore, job: Job, action: str, key: str) -> Mapp
         case "redeliver_result":
             answer = await asyncio.to_thread(_redeliver, core, job)
         case "rerun":
-            answer = await _rerun(core, job)
+            answer = await _rerun(core, remembered, job)
         case _:
             answer = {"released": job.state == TaskState.DEAD}
             if job.state != TaskState.DEAD:
@@ -78,12 +82,16 @@ def _redeliver(core: SupportCore, job: Job) -> dict[str, Any]:
     return {"message_id": message_id, "delivered": put == 1, "still_waiting": put == 0}
 
 
-async def _rerun(core: SupportCore, job: Job) -> dict[str, Any]:
+async def _rerun(core: SupportCore, remembered: Remembered, job: Job) -> dict[str, Any]:
+    """Run a dead-lettered task again: the engine revives it, or gets it once more where it has forgotten it."""
     if job.state != TaskState.DEAD:
         raise SupportRefused(
             409, "not_dead", f"job {job.req_no} is {job.state}; only a dead-lettered job can be run again"
         )
-    core.post(TaskRevived(job.task_id))
+    if await remembered(job.task_id):
+        core.post(TaskRevived(job.task_id))
+    else:
+        core.post(TaskSubmitted(core.again(job)))
 
     def revived() -> Job | None:
         now = core.store.job(job.tenant, job.req_no)
@@ -91,7 +99,5 @@ async def _rerun(core: SupportCore, job: Job) -> dict[str, Any]:
 
     found = await core.board.until(revived, RERUN_TIMEOUT_S)
     if found is None:
-        raise SupportRefused(
-            409, "not_revived", f"job {job.req_no}: the scheduler no longer remembers it; submit it again"
-        )
+        raise SupportRefused(504, "not_certain", f"job {job.req_no}: it is not taken up again yet; look at it later")
     return {"rerun": found.rerun, "state": found.state}

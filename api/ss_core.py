@@ -18,7 +18,8 @@ from typing import Any
 import structlog
 
 from api.journal import SqliteJournal
-from api.messages import MessageRefused, decode
+from api.messages import Message, MessageRefused, decode
+from api.ports import SupportRefused
 from api.ss_board import Board
 from api.ss_intake import MethodDefaults, Request, understand
 from api.ss_jobs import Folded, Job, JobFold
@@ -28,7 +29,7 @@ from api.ss_threads import IntakeThread, MailThread
 from api.store import Store
 from engine.commands import Command
 from engine.events import Event, ModelDeployed, ModelUndeployed, NodeReported, TaskSubmitted
-from engine.tasks import Micros
+from engine.tasks import Micros, TaskSpec
 from executors.ports import FileStore
 
 _log = structlog.get_logger("ss")
@@ -224,6 +225,25 @@ class SupportCore:
             return ModelUndeployed(model_id, GENERATES)
         defaults = self.methods.get(GENERATES, MethodDefaults())
         return ModelDeployed(model_id, GENERATES, defaults.demand, defaults.slots, pods)
+
+    def again(self, job: Job) -> TaskSpec:
+        """Return the task of a stored job once more; raises SupportRefused where its model or method is gone."""
+        body = {"method": job.method, "parameters": job.parameters}
+        message = Message.model_validate({"header": {**job.header, "deadline": None}, "body": body})
+        try:
+            request = understand(
+                message,
+                message_id=job.message_id,
+                task_id=job.task_id,
+                now=int(self.clock() * 1e6),
+                methods=self.methods,
+                default_model=self.default_model,
+                find_model=self.store.model,
+            )
+        except MessageRefused as refused:
+            raise SupportRefused(409, refused.code, str(refused)) from None
+        assert request.spec is not None, "a deployment is never a dead letter"
+        return request.spec
 
     def _task_id(self, tenant: str, req_no: str) -> str:
         """Return the engine's name of a request; two tenants that chose the same reqNo are told apart."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from api.messages import encode_result, result_id
 from engine.commands import Command, Notify
 from engine.events import Event, ModelDeployed, ModelUndeployed, TaskProgressed, TaskSubmitted
@@ -256,7 +258,7 @@ def outcome_of(job: Job) -> Outcome:
 def read_result(text: str) -> dict[str, Any]:
     """Read an executor's result: a JSON object, or an opaque reference."""
     try:
-        tree = json.loads(text) if text else {}
+        tree = msgspec.json.decode(text) if text else {}
     except (ValueError, RecursionError):
         tree = {"reference": text}
     if not isinstance(tree, dict):

@@ -116,7 +116,9 @@ class SchedulerLoop:
                 self._answer()
                 if self._stopping:
                     break
-                if self._journal.seq - self._snapshot_at >= self._snapshot_every:
+                # The more there is to write, the rarer: a snapshot costs about as much as it saves.
+                every = max(self._snapshot_every, len(self._engine.state.tasks) // 2)
+                if self._journal.seq - self._snapshot_at >= every:
                     self._snapshot()
                 latest = self._world.now() + self._longest_wait_us
                 self._world.wait(latest if wakeup_at is None else min(wakeup_at, latest))

@@ -196,7 +196,10 @@ class SupportService:
         job = self._core.store.job(tenant, req_no)
         if job is None:
             raise _absent("job", req_no)
-        return await compensate(self._core, job, action, key)
+        return await compensate(self._core, self._remembered, job, action, key)
+
+    async def _remembered(self, task_id: str) -> bool:
+        return await self._loop.ask(lambda engine: task_id in engine.state.tasks)
 
     # --- models -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from typing import get_args
 
 import pytest
 
-from api.journal import JournalBroken, JournalCorrupt, JournalFenced, SqliteJournal, encode_step, read_journal
+from api.journal import JournalBroken, JournalCorrupt, JournalFenced, SqliteJournal, read_journal
+from api.ss_codec import decode_step, encode_step
 from engine import snapshot
 from engine.commands import Command, CreatePod, Notify, StartTask
 from engine.events import Event, NodeJoined, PodStarted, TaskFinished, TaskSubmitted
@@ -57,7 +58,8 @@ def test_steps_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_fast_writer_and_the_codec_agree() -> None:
     record = Record(3, 99, EVENTS, COMMANDS)
-    assert decode_record(encode_step(3, 99, EVENTS, COMMANDS)) == record == decode_record(encode_record(record))
+    fast, reference = encode_step(3, 99, EVENTS, COMMANDS), encode_record(record)
+    assert decode_record(fast) == decode_record(reference) == decode_step(fast) == decode_step(reference) == record
 
 
 SAMPLES = {
@@ -81,7 +83,23 @@ def test_every_event_and_command_survives_the_fast_writer(kind: type) -> None:
         **{f.name: SAMPLES.get(f.name) or SAMPLES[str(f.type)] for f in fields(kind) if needed(f)}
     )
     events, commands = ((item,), ()) if kind in get_args(Event) else ((), (item,))
-    assert decode_record(encode_step(1, 1, events, commands)) == Record(1, 1, events, commands)
+    fast, record = encode_step(1, 1, events, commands), Record(1, 1, events, commands)
+    assert decode_record(fast) == decode_step(fast) == decode_step(encode_record(record)) == record
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"{", "no JSON"),
+        (b"[2,1,1,[],[]]", "version 2"),
+        (b'[1,1,1,[["Nonsense",{}]],[]]', "Nonsense"),
+        (b'[1,1,1,[["PodStarted",{}]],[]]', "pod"),
+        (b'[1,1,1,[["PodStarted",{"pod":"x"}]],[]]', "pod"),
+    ],
+)
+def test_what_is_no_step_is_refused_with_the_place(data: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        decode_step(data)
 
 
 def test_each_opening_takes_the_lead_and_fences_the_one_before(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from api.state_dir import StateDir
 from engine import profiles
 from engine.limits import Limits
 from engine.resources import Demand
+from engine.scheduler import Engine
 
 METHODS = {
     "sleep": MethodDefaults(Demand(gpus=1), slots=4),
@@ -362,6 +363,19 @@ def test_a_dead_letter_is_run_again_on_request(platform: Platform) -> None:
     with pytest.raises(SupportRefused) as caught:
         platform.call(lambda: platform.support.compensate("acme", finished, "rerun"))
     assert caught.value.status == 409
+
+
+def test_a_dead_letter_the_engine_has_forgotten_is_run_again_too(platform: Platform) -> None:
+    req_no = platform.ask(parameters={"seconds": 0, "fail": "error"})
+    assert platform.result(req_no)["state"] == "dead"
+
+    def forget(engine: Engine) -> None:
+        del engine.state.tasks[req_no], engine.state.terminal[req_no]
+
+    platform.call(lambda: platform.scheduler.loop.ask(forget))
+    answer = platform.call(lambda: platform.support.compensate("acme", req_no, "rerun"))
+    assert answer["rerun"] == 1
+    assert set(platform.results(1)) == {f"acme/{req_no}/rerun-1"}
 
 
 def test_the_quota_of_a_dead_letter_is_given_back_once(platform: Platform) -> None:
