@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +172,8 @@ def dreambooth_report(
             seconds = learn(model_dir, subject, Path(folder), say, method, steps=300 if method == "lora" else 200)
             taught_model = pipelines.load(ModelRef("subject", model_dir, Path(folder)), "cpu")
         taught = likeness(taught_model, judge, subject, prompt)
-        moved = likeness(taught_model, judge, replace(subject, background="gray"), f"{prompt} on a gray background")
+        ground = next(name for name in drawing.COLOURS if name not in (subject.colour, subject.detail))
+        moved = likeness(taught_model, judge, subject, f"{prompt} on {drawing.with_article(ground)} background")
         rows.append(
             {
                 "similarity_before": untaught["similarity"],

@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing on drawn pictures: VAE, tokenizer, text warm-up, UNet.
+"""Train the bundled model from nothing on drawn pictures: VAE, its decoder again, tokenizer, text warm-up, UNet.
 
     python -m executors.tiny.train --out DIR --minutes 60 --seed 0
 
@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from executors.tiny import drawing, networks, snapshots
 
 # Steps of a training of sixty minutes on one core that is free.
-VAE_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 500, 7000
+VAE_STEPS, DECODER_STEPS, TEXT_STEPS, UNET_STEPS = 3200, 2000, 500, 7000
 SNAPSHOT_EVERY = 250
 EMPTY_CAPTIONS = 0.1
 
@@ -83,14 +83,12 @@ def _steps(name: str, first: int, steps: int, losses: list[float]) -> Iterator[i
 
 
 def train_vae(plan: Plan) -> AutoencoderTiny:
-    """Learn to draw pictures from latents; scales the latents to unit variance at the end."""
+    """Learn to squeeze pictures into latents and back; scales the latents to unit variance at the end."""
     torch.manual_seed(plan.seed)
     vae, state, steps = networks.build_vae(), plan.states / "vae", plan.steps(VAE_STEPS)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-4, fused=True)
     first = snapshots.restore(state, {"vae": vae}, optimizer)
-    drawn = [drawing.draw(scene) for scene in scenes(plan.seed, 1, plan.drawings(8400))]
-    drawn += [drawing.clutter(np.random.default_rng([plan.seed, 2, index])) for index in range(plan.drawings(3600))]
-    pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    pictures = vae_pictures(plan)
     losses: list[float] = []
     for step in _steps("vae", min(first, steps), steps, losses):
         generator = _generator(plan.seed, 1, step)
@@ -110,14 +108,48 @@ def train_vae(plan: Plan) -> AutoencoderTiny:
         if (step + 1) % SNAPSHOT_EVERY == 0 or step + 1 == steps:
             snapshots.save(state, step + 1, {"vae": vae}, optimizer)
     vae.requires_grad_(False).eval()
-    latents = encode(vae, drawn[:512])
+    latents = encode(vae, [drawing.draw(scene) for scene in scenes(plan.seed, 1, 512)])
     vae.register_to_config(scaling_factor=float(1.0 / latents.std()))
-    held_out = to_tensor([drawing.draw(scene) for scene in scenes(plan.seed, 9, 128)])
-    error = (vae.decode(vae.encode(held_out).latents).sample.clamp(-1, 1) - held_out).square().mean() / 4.0
-    print(
-        f"vae PSNR {-10 * math.log10(float(error)):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}", flush=True
-    )
+    print(f"vae PSNR {psnr_db(plan, vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}", flush=True)
     return vae
+
+
+def vae_pictures(plan: Plan) -> torch.Tensor:
+    """What the VAE is trained on, uint8 [n, 3, 64, 64]: seven tenths drawn scenes, the rest clutter."""
+    drawn = [drawing.draw(scene) for scene in scenes(plan.seed, 1, plan.drawings(8400))]
+    drawn += [drawing.clutter(np.random.default_rng([plan.seed, 2, index])) for index in range(plan.drawings(3600))]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def psnr_db(plan: Plan, vae: AutoencoderTiny) -> float:
+    """How well scenes that the VAE has not seen come back, in decibels."""
+    held_out = to_tensor([drawing.draw(scene) for scene in scenes(plan.seed, 9, 128)])
+    restored = vae.decode(vae.encode(held_out).latents).sample.clamp(-1, 1)
+    return -10.0 * math.log10(float((restored - held_out).square().mean()) / 4.0)
+
+
+def train_decoder(plan: Plan, vae: AutoencoderTiny) -> None:
+    """Sharpen the decoder over fixed latents, with the noise that a UNet's latents have; the encoder stays as it is."""
+    state, steps = plan.states / "decoder", plan.steps(DECODER_STEPS)
+    decoder = vae.decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1.5e-3, weight_decay=1e-4, fused=True)
+    first = min(snapshots.restore(state, {"decoder": decoder}, optimizer), steps)
+    pictures = vae_pictures(plan) if first < steps else torch.empty(0)
+    losses: list[float] = []
+    for step in _steps("decoder", first, steps, losses):
+        generator = _generator(plan.seed, 7, step)
+        batch = pictures[torch.randint(len(pictures), (16,), generator=generator)].float() / 127.5 - 1.0
+        with torch.no_grad():
+            latents = vae.encode(batch).latents
+        noise = torch.randn(latents.shape, generator=generator) * (0.05 / vae.config.scaling_factor)
+        restored = vae.decode(latents + noise).sample
+        l1, squared = torch.nn.functional.l1_loss(restored, batch), torch.nn.functional.mse_loss(restored, batch)
+        _update(optimizer, l1 + 0.5 * squared, _rate(step, steps, 1.5e-3), losses)
+        if (step + 1) % SNAPSHOT_EVERY == 0 or step + 1 == steps:
+            snapshots.save(state, step + 1, {"decoder": decoder}, optimizer)
+    decoder.requires_grad_(False)
+    print(f"decoder PSNR {psnr_db(plan, vae):.2f} dB", flush=True)
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, rate: float, losses: list[float]) -> None:
@@ -258,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     plan = Plan(out=chosen.out, seed=chosen.seed, minutes=chosen.minutes)
     vae = train_vae(plan)
+    train_decoder(plan, vae)
     captions = []
     for index in range(plan.drawings(4000)):
         rng = np.random.default_rng([plan.seed, 6, index])
