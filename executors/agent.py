@@ -139,6 +139,11 @@ class NodeAgent:
         self._signals = max(self._signals, 1)
         self._wake()
 
+    def leave_now(self) -> None:
+        """Kill the Pods and leave, from any thread."""
+        self._signals = 2
+        self._wake()
+
     def run(self) -> None:
         """Serve until the node has left."""
         watcher = threading.Thread(target=self._watch_devices, name="devices", daemon=True)

@@ -107,6 +107,7 @@ class ZmqWorld:
         self.clock = SteadyClock(not_before)
         self.refused_messages = 0
         """Frames that were no messages, and HELLOs for a node that the key may not speak for."""
+        self.refused_connections = 0
         self._controller = Controller(
             epoch, _CheckedPayloads(payloads), lease_us=lease_us, margin_us=margin_us, heartbeat_us=heartbeat_us
         )
@@ -122,14 +123,14 @@ class ZmqWorld:
         self._closing = False
         self._failure: BaseException | None = None
         self._keys_of: dict[bytes, str] = {}
-        self._wake_out, self._wake_in = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
         self._context = zmq.Context()
         self._zap = self._context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
         self._router = self._open_router(bind, keys)
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._serve, name="executor-io", daemon=True)
         self._thread.start()
@@ -375,5 +376,8 @@ class ZmqWorld:
                 key = z85.encode(request[6])
                 if self._allowed.node_of(key.decode("ascii")) is not None:
                     user = key
-            status = (b"200", b"OK") if user else (b"400", b"unknown key")
+            self.refused_connections += not user
+            # 300 closes the connection without a word, and the agent tries again: its key may be added at any time. After a 400 it
+            # would give up for good.
+            status = (b"200", b"OK") if user else (b"300", b"unknown key")
             self._zap.send_multipart((version, request_id, *status, user, b""))

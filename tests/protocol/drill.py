@@ -427,7 +427,7 @@ class SimScheduler:
             drill.after(due - drill.env.now, self._sweep)
 
     def _sweep(self) -> None:
-        if self.dead:
+        if self.dead or self._sweep_at is None or self.drill.env.now < self._sweep_at:
             return
         self.controller.tick(self.drill.env.now)
         self._send()
@@ -646,7 +646,7 @@ class SimAgent:
         wait = int((due - self.clock()) / self._rate) + 1
 
         def ring() -> None:
-            if self.machine is machine:
+            if self.machine is machine and self._tick_at == due:
                 self._tick_at = None
                 self.act()
 
