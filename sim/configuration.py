@@ -12,7 +12,7 @@ from sim import gentd26, own_tasks, synthetic
 from sim.faults import Fault, FaultPlan
 from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster
 from sim.synthetic import SyntheticConfig
-from sim.workload import Workload, WorkloadError, declared
+from sim.workload import Workload, WorkloadError, declared, demanding
 
 FORECASTERS = ("online", "declared", "oracle", "none")
 _HOUR_US = 3_600_000_000
@@ -49,6 +49,11 @@ class SimulationConfig:
     """Stop at this simulated time; None: when every task is over."""
     tenants: int = 4
     urgent_share: float = 0.1
+    gpu_share: int = 1000
+    """Thousandths of a GPU that each task of GenTD26 or the synthetic workload takes."""
+    gpu_memory_gib: float = 24.0
+    slots: int = 1
+    """Tasks that one Pod runs at once."""
     mtbf_hours: float | None = None
     """Mean time between failures of a node; None: none fails."""
     mttr_minutes: float = 30.0
@@ -61,7 +66,7 @@ class SimulationConfig:
         """Refuse what cannot be run."""
         if self.trace is not None and self.synthetic is not None:
             raise ConfigError("trace, synthetic: give one of the two, not both")
-        for name in ("nodes", "gpus_per_node", "tenants", "synthetic_tasks"):
+        for name in ("nodes", "gpus_per_node", "tenants", "synthetic_tasks", "slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
@@ -78,6 +83,10 @@ class SimulationConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 raise ConfigError(f"{name}: must be greater than 0 and below 1e9, got {value}")
+        if not 1 <= self.gpu_share <= 1000:
+            raise ConfigError(f"gpu_share: must lie between 1 and 1000 thousandths, got {self.gpu_share}")
+        if not 0 <= self.gpu_memory_gib < 1e6:
+            raise ConfigError(f"gpu_memory_gib: must be at least 0 and below 1e6, got {self.gpu_memory_gib}")
         if not 0 <= self.attempt_crash_ppm <= 1_000_000:
             raise ConfigError(f"attempt_crash_ppm: must lie between 0 and 1000000, got {self.attempt_crash_ppm}")
 
@@ -113,20 +122,25 @@ class SimulationConfig:
 
     def workload(self) -> Workload:
         """Read or make the workload; raises `WorkloadError`."""
-        if self.trace is None:
-            made = self.synthetic or SyntheticConfig(
-                tasks=self.synthetic_tasks, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed
-            )
-            workload = synthetic.make(made).limited(self.limit)
-        elif _is_gentd26(self.trace):
-            workload = gentd26.read(
-                self.trace, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed, limit=self.limit
-            )
-        else:
+        if self.trace is not None and not _is_gentd26(self.trace):
             workload = own_tasks.read(self.trace, self.limit)
+        else:
+            workload = demanding(
+                self._service_workload(), gpu_share=self.gpu_share, gpu_memory_gib=self.gpu_memory_gib, slots=self.slots
+            )
         if self.forecaster == "declared":
             workload = declared(workload, self.declared_sigma, self.seed)
         return workload.scaled(self.rate_scale)
+
+    def _service_workload(self) -> Workload:
+        if self.trace is not None:
+            return gentd26.read(
+                self.trace, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed, limit=self.limit
+            )
+        made = self.synthetic or SyntheticConfig(
+            tasks=self.synthetic_tasks, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed
+        )
+        return synthetic.make(made).limited(self.limit)
 
 
 def _is_gentd26(path: Path) -> bool:

@@ -181,7 +181,9 @@ def _forecaster(config: SimulationConfig, workload: Workload, hardware: Hardware
         case "declared":
             return DeclaredForecaster()
         case "oracle":
-            return OracleForecaster(_true_durations(workload, hardware))
+            speeds = {gpu.model: hardware.speed(gpu.model) for node in hardware.nodes for gpu in node.gpus}
+            factors = {model: 1.0 / speed for model, speed in speeds.items()}
+            return OracleForecaster(_true_durations(workload, hardware), factors)
         case _:
             return NoForecast()
 

@@ -115,6 +115,15 @@ def ranked(arrivals: Iterable[Arrival], *, tenants: int, urgent_share: float, se
     return tuple(done)
 
 
+def demanding(workload: Workload, *, gpu_share: int, gpu_memory_gib: float, slots: int) -> Workload:
+    """Have every task ask for this share of one GPU and this much of its memory, and Pods run `slots` tasks at once."""
+    arrivals = []
+    for arrival in workload.arrivals:
+        demand = replace(arrival.task.demand, gpu_share=gpu_share, gpu_memory_bytes=round(gpu_memory_gib * (1 << 30)))
+        arrivals.append(replace(arrival, task=replace(arrival.task, demand=demand, slots=slots)))
+    return replace(workload, arrivals=tuple(arrivals))
+
+
 def declared(workload: Workload, sigma: float, seed: int) -> Workload:
     """Let callers declare run times where none is declared: the true one times a lognormal error, rounded up to 5 s.
 

@@ -167,10 +167,29 @@ def test_adapters_are_loaded_once_while_their_pod_lives():
     assert 0 < world["lora_loads"] < 100
 
 
+def test_tasks_that_no_gpu_can_hold_are_rejected_and_not_left_waiting():
+    result = simulate(changed(gpu_model="v100", synthetic_tasks=50))
+    assert result.summary.ends["rejected"] == 50
+
+
+def test_tasks_that_share_gpus_leave_more_of_them_free():
+    whole, half = (simulate(changed(gpu_share=share, synthetic_tasks=100)).summary for share in (1000, 500))
+    assert half.gpu["busy_hours"] == pytest.approx(whole.gpu["busy_hours"] / 2, rel=0.01)
+    assert half.waiting["all"].mean < whole.waiting["all"].mean
+
+
 def test_a_faster_gpu_shortens_the_work():
     slow = simulate(changed(gpu_model="a100")).summary.gpu["busy_hours"]
     fast = simulate(changed(gpu_model="h100")).summary.gpu["busy_hours"]
     assert fast < 0.6 * slow
+
+
+@pytest.mark.parametrize("gpu_model", ["a100", "h100", "v100"])
+def test_an_oracle_is_right_on_every_gpu_model(gpu_model):
+    config = changed(forecaster="oracle", gpu_model=gpu_model, gpu_memory_gib=8, family="sd15", synthetic_tasks=100)
+    coverage = simulate(config).summary.coverage
+    assert coverage["count"] > 90
+    assert coverage["median_relative_error"] < 0.01
 
 
 def test_online_predictions_hold_about_as_often_as_they_promise():
@@ -193,6 +212,7 @@ def test_reports_show_every_profile_and_need_no_network(tmp_path):
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="https?:', page)
     write_html(results, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page
     write_json(results, tmp_path / "results.json")
     data = json.loads((tmp_path / "results.json").read_text())
     assert [run["profile"] for run in data] == list(PROFILES)
@@ -221,6 +241,9 @@ def test_progress_ends_at_one_and_never_goes_back():
         ({"limit": 0}, "limit"),
         ({"urgent_share": 2.0}, "urgent_share"),
         ({"family": "monet"}, "family"),
+        ({"gpu_share": 0}, "gpu_share"),
+        ({"gpu_memory_gib": -1.0}, "gpu_memory_gib"),
+        ({"slots": 0}, "slots"),
         ({"trace": Path("a.csv"), "synthetic": SyntheticConfig()}, "trace, synthetic"),
     ],
 )
