@@ -144,7 +144,9 @@ class SqliteJournal:
 
 
 def read_journal(path: Path | str, *, from_start: bool = False) -> tuple[bytes | None, list[Record]]:
-    """Read a journal without taking the lead, for replay and for the simulator; `from_start` ignores snapshots.
+    """Read a journal without taking the lead, for replay and for the simulator.
+
+    `from_start` goes as far back as there are records: to the very beginning, or to the oldest snapshot that is kept.
 
     Raises FileNotFoundError, JournalCorrupt.
     """
@@ -160,14 +162,8 @@ def read_journal(path: Path | str, *, from_start: bool = False) -> tuple[bytes |
 
 def _load(db: sqlite3.Connection, path: Path, *, from_start: bool = False) -> tuple[bytes | None, list[Record]]:
     try:
-        base, snapshot = 0, None
         bad: list[int] = []
-        if not from_start:
-            for seq, epoch, crc, body in db.execute("SELECT seq, epoch, crc, body FROM snapshot ORDER BY seq DESC"):
-                if crc == _crc(seq, epoch, body):
-                    base, snapshot = seq, body
-                    break
-                bad.append(seq)
+        base, snapshot = _base(db, bad, from_start=from_start)
         last = db.execute("SELECT seq FROM leader").fetchone()[0]
         records: list[Record] = []
         for seq, epoch, crc, body in db.execute(
@@ -184,6 +180,18 @@ def _load(db: sqlite3.Connection, path: Path, *, from_start: bool = False) -> tu
     if base + len(records) != last:
         raise _corrupt(path, base + len(records) + 1, f"it is missing, the last one written was {last}", bad)
     return snapshot, records
+
+
+def _base(db: sqlite3.Connection, bad: list[int], *, from_start: bool) -> tuple[int, bytes | None]:
+    """Return the snapshot to begin with, and its number; notes the damaged ones that were passed over."""
+    if from_start and (db.execute("SELECT min(seq) FROM event").fetchone()[0] or 1) == 1:
+        return 0, None
+    order = "ASC" if from_start else "DESC"
+    for seq, epoch, crc, body in db.execute(f"SELECT seq, epoch, crc, body FROM snapshot ORDER BY seq {order}"):  # noqa: S608
+        if crc == _crc(seq, epoch, body):
+            return seq, body
+        bad.append(seq)
+    return 0, None
 
 
 def _decoded(path: Path, seq: int, body: bytes) -> Record:

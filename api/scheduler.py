@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ from predictors.stored import StateUnusable
 _log = structlog.get_logger("sm")
 
 
+LIMITS = Limits(remembered=10_000)
+"""SS recognises every request that ever came, so the engine needs to remember only the newest of those that ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorldStart:
     """What a world needs to begin, or to go on from an earlier life."""
@@ -79,8 +83,7 @@ class SchedulerConfig:
     """Makes the forecaster; gets the recovered records to learn from."""
     forecaster_file: Path | None = None
     """Where an online forecaster is kept between two lives."""
-    limits: Limits = field(default_factory=lambda: Limits(remembered=10_000))
-    """SS recognises every request that ever came, so the engine needs to remember only the newest of those that ended."""
+    limits: Limits = LIMITS
     models: Sequence[Model] = ()
     """Builtin and local models."""
     default_model: str = "tiny"

@@ -215,6 +215,9 @@ def test_old_records_go_beyond_the_retention_and_never_those_a_snapshot_needs(tm
     first = journal._db.execute("SELECT min(seq) FROM event").fetchone()[0]
     assert first == 21, "the older of the two snapshots needs the records after it"
     assert recover(*journal.load()).state.digest() == engine.state.digest()
+    body, records = read_journal(tmp_path / "journal.db", from_start=True)
+    assert (body is not None, records[0].seq) == (True, 21), "from the oldest snapshot there is"
+    assert refold(body, records).digest() == engine.state.digest()
 
 
 def test_a_killed_process_loses_no_recorded_step(tmp_path: Path) -> None:
