@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.gateway import console, files, images, jobs, models, operators, problems
 from api.gateway.config import GatewayConfig
-from api.gateway.context import Gateway
+from api.gateway.context import Gateway, known_query
 from api.gateway.gate import Envelope, Gate
 from api.gateway.intake import Intake, QueuePort
 from api.gateway.keys import KeyStore
@@ -70,6 +70,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(known_query)],
     )
     app.state.gateway = Gateway(config, support, store, keys, records, submissions, metrics, logs, watch, time.time)
     problems.install(app)

@@ -76,6 +76,24 @@ async def operator(known: Annotated[Caller, Depends(caller)]) -> Caller:
     return known
 
 
+async def known_query(request: Request) -> None:
+    """Refuse query parameters that the route does not have, so that a typing error does not pass for a wide search."""
+    template = str(getattr(request.scope.get("route"), "path", "")).replace(":path}", "}")
+    operation = request.app.openapi()["paths"].get(template, {}).get(request.method.lower())
+    if operation is None or template.startswith("/files/signed/"):
+        return
+    known = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
+    for name in request.query_params:
+        if name not in known:
+            has = ", ".join(sorted(known)) or "none"
+            raise Refused(
+                422,
+                "unknown_parameter",
+                f"{name[:80]}: no query parameter of this route; it has: {has}.",
+                param=name[:80],
+            )
+
+
 GatewayParts = Annotated[Gateway, Depends(gateway)]
 AnyCaller = Annotated[Caller, Depends(caller)]
 OperatorCaller = Annotated[Caller, Depends(operator)]

@@ -99,6 +99,13 @@ def test_validation_names_every_wrong_field(gw: GatewayFake) -> None:
     assert {one["field"] for one in answer.json()["errors"]} == {"method", "priority", "extra"}
 
 
+def test_a_query_parameter_that_is_none_is_refused_and_the_known_ones_named(gw: GatewayFake) -> None:
+    answer = gw.client.get("/v1/jobs", params={"stat": "running"}, headers=gw.ana)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "stat"
+    assert "cursor, group, limit, state" in answer.json()["detail"]
+
+
 def test_answers_carry_the_security_headers(gw: GatewayFake) -> None:
     for answer in (gw.client.get("/v1/jobs", headers=gw.ana), gw.client.get("/nowhere"), gw.client.get("/console")):
         assert answer.headers["x-content-type-options"] == "nosniff"

@@ -22,17 +22,15 @@ ENDLESS = ["/v1/events", "/v1/logs"]
 UNLIMITED = {"per_minute": 10_000_000, "burst": 1_000_000}
 
 
-def gateway() -> GatewayFake:
-    return GatewayFake(
-        Path(tempfile.mkdtemp(prefix="aigc-schema-")),
-        auto=True,
-        failed_auth=UNLIMITED,
-        sync_timeout_s=1,
-        default_tenant={"submits": UNLIMITED, "reads": UNLIMITED},
-    )
-
-
-GATEWAY = gateway()
+HOME = tempfile.TemporaryDirectory(prefix="aigc-schema-", ignore_cleanup_errors=True)
+GATEWAY = GatewayFake(
+    Path(HOME.name),
+    auto=True,
+    failed_auth=UNLIMITED,
+    open_reads=UNLIMITED,
+    sync_timeout_s=1,
+    default_tenant={"submits": UNLIMITED, "reads": UNLIMITED},
+)
 GATEWAY.submit(method="text_to_image", parameters={"prompt": "x"}, req_no="11111111-1111-4111-8111-111111111111")
 schema = schemathesis.openapi.from_asgi("/openapi.json", GATEWAY.app).exclude(path=ENDLESS)
 SETTINGS = hypothesis.settings(
