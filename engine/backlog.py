@@ -58,7 +58,7 @@ class Kind:
 
     def offers(self, need: int) -> bool:
         """Tell whether any Pod with this much memory offers a slot."""
-        for each in self.sets:
+        for each in self.sets:  # noqa: SIM110 - a generator costs more than all the rest
             if each.by_node and each.cap >= need:
                 return True
         return False
@@ -190,7 +190,7 @@ class Backlog:
         for group in state.groups.values():
             group.waiting.clear()
         for task in state.tasks.values():
-            task.line_ticket, task.lines = 0, ()
+            task.line_ticket, task.lines, task.shape = 0, (), None
             if task.req_no in state.terminal:
                 continue
             if task.deadline is not None:
@@ -204,8 +204,9 @@ class Backlog:
 
     def waits(self, task: Task) -> None:
         """Put a task into its lines."""
-        shape: Shape = self.shape_of(task)
-        task.shape = shape
+        shape: Shape | None = task.shape
+        if shape is None:
+            shape = task.shape = self.shape_of(task)
         group = task.group
         row, empty = -1, False
         if group is not None:
@@ -269,7 +270,7 @@ class Backlog:
         """Move the waiting tasks of a group to the lines of its node, or back."""
         for task in list(group.waiting.values()):
             room = task.lines[-1]
-            if self.where(task, self.shape_of(task)) != (room.node, room.fit.empty):
+            if self.where(task, task.shape) != (room.node, room.fit.empty):
                 self.leaves(task)
                 self.waits(task)
 

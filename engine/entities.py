@@ -335,7 +335,8 @@ class Task:
     def take_estimate(self, estimate: Estimate | None) -> None:
         """Take over an estimate; without one, what was declared holds, else one second."""
         self.estimate = estimate
-        if estimate is not None and any(model == "*" for model, _ in estimate.durations):
+        self.shape = None
+        if estimate is not None and estimate.serves_every_model:
             self.predicted_us = max(1, estimate.duration().mean)
         else:
             self.predicted_us = max(1, self.spec.declared_us or 1_000_000)

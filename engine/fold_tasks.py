@@ -192,6 +192,7 @@ def fail(task: Task, cause: FailureCause, detail: str, pod: Pod | None, peak_byt
         had = pod.demand.gpu_memory_bytes if pod is not None else task.spec.demand.gpu_memory_bytes
         task.memory_floor = max(task.memory_floor, had * 6 // 5, peak_bytes)
         task.alone = True
+        task.shape = None
 
 
 def leave_for_good(state: State, task: Task, now: Micros, cause: TaskCause) -> None:

@@ -18,15 +18,8 @@ Entry = tuple[int, int, int, Task]
 """(key, sequence number, ticket, task)."""
 
 
-class _Groups:
-    """Tasks of one account (a group, or all of a tenant), the soonest first."""
-
-    __slots__ = ("account", "seq", "tasks")
-
-    def __init__(self, account: Account, seq: int) -> None:
-        self.account = account
-        self.seq = seq
-        self.tasks: list[Entry] = []
+_Waiting = list[Entry]
+"""Tasks of one account (a group, or all of a tenant) as a heap."""
 
 
 class _Tenants:
@@ -37,25 +30,24 @@ class _Tenants:
     def __init__(self, account: Account, seq: int) -> None:
         self.account = account
         self.seq = seq
-        self.heap: list[tuple[int, int, _Groups]] = []
-        self.by_group: dict[int, _Groups] = {}
+        self.heap: list[tuple[int, int, Account, _Waiting]] = []
+        self.by_group: dict[int, _Waiting] = {}
 
-    def head(self) -> tuple[int, int, _Groups] | None:
+    def head(self) -> tuple[int, int, Account, _Waiting] | None:
         """Return the group that is next, with an entry that is up to date, or None when nobody waits."""
         heap = self.heap
         while heap:
-            entry = heap[0]
-            queue = entry[2]
-            tasks = queue.tasks
+            first = heap[0]
+            vtime, seq, account, tasks = first
             while tasks and tasks[0][3].line_ticket != tasks[0][2]:
                 heappop(tasks)
             if not tasks:
                 heappop(heap)
-                del self.by_group[queue.seq]
-            elif entry[0] != queue.account.vtime:
-                heapreplace(heap, (queue.account.vtime, queue.seq, queue))
+                del self.by_group[seq]
+            elif vtime != account.vtime:
+                heapreplace(heap, (account.vtime, seq, account, tasks))
             else:
-                return entry
+                return first
         return None
 
 
@@ -83,11 +75,12 @@ class _Band:
         if tenants is None:
             tenants = self.by_tenant[tenant_seq] = _Tenants(tenant, tenant_seq)
             heappush(self.heap, (tenant.vtime, tenant_seq, tenants))
-        groups = tenants.by_group.get(group_seq)
-        if groups is None:
-            groups = tenants.by_group[group_seq] = _Groups(group, group_seq)
-            heappush(tenants.heap, (group.vtime, group_seq, groups))
-        heappush(groups.tasks, entry)
+        tasks = tenants.by_group.get(group_seq)
+        if tasks is None:
+            tasks = tenants.by_group[group_seq] = [entry]
+            heappush(tenants.heap, (group.vtime, group_seq, group, tasks))
+        else:
+            heappush(tasks, entry)
 
     def head(self, band: int) -> tuple[Rank, Task] | None:
         heap = self.heap
@@ -102,21 +95,21 @@ class _Band:
                 heappop(heap)
                 del self.by_tenant[tenants.seq]
                 continue
-            waiting = first[2].tasks[0]
+            waiting = first[3][0]
             tenant = waiting[3].tenant
             if tenant.max_running and tenant.running >= tenant.max_running:
-                self._park(tenant, tenants, first[2])
+                self._park(tenant, tenants, first[3])
                 continue
             return (band, entry[0], entry[1], first[0], first[1], waiting[0], waiting[1]), waiting[3]
         return None
 
-    def _park(self, tenant: Tenant, tenants: _Tenants, groups: _Groups) -> None:
+    def _park(self, tenant: Tenant, tenants: _Tenants, tasks: _Waiting) -> None:
         self.line.parked.setdefault(tenant.seq, {})[self.line] = None
         if tenants.seq == tenant.seq:
             heappop(self.heap)
             self.parked_tenants[tenant.seq] = tenants
         else:
-            heappush(self.parked_tasks.setdefault(tenant.seq, []), heappop(groups.tasks))
+            heappush(self.parked_tasks.setdefault(tenant.seq, []), heappop(tasks))
 
     def unpark(self, tenant: Tenant) -> None:
         tenants = self.parked_tenants.pop(tenant.seq, None)
@@ -165,10 +158,10 @@ class Line:
         self.pushed = 0
         for band in self.bands:
             for tenants in band.by_tenant.values():
-                for groups in tenants.by_group.values():
-                    groups.tasks = [t for t in groups.tasks if t[3].line_ticket == t[2]]
-                    heapify(groups.tasks)
-                    self.pushed += len(groups.tasks)
+                for tasks in tenants.by_group.values():
+                    tasks[:] = [each for each in tasks if each[3].line_ticket == each[2]]
+                    heapify(tasks)
+                    self.pushed += len(tasks)
 
     def head(self) -> tuple[Rank, Task] | None:
         """Return who is next, with the rank to compare with other lines, or None."""

@@ -108,6 +108,14 @@ class Estimate:
     failure_ppm: int = 0
     """Chance of failure in parts per million."""
 
+    @property
+    def serves_every_model(self) -> bool:
+        """Tell whether the entry ``"*"`` is there."""
+        for model, _ in self.durations:  # noqa: SIM110 - asked for every task
+            if model == "*":
+                return True
+        return False
+
     def duration(self, gpu_model: str = "*") -> Quantiles:
         """Return the quantiles for a GPU model, or those of ``"*"``."""
         fallback = None

@@ -10,6 +10,7 @@ from engine.entities import Deployment, Pod, Task
 from engine.fold_commands import COMMAND_FOLDS
 from engine.limits import Limits
 from engine.lines import Rank
+from engine.making import notify
 from engine.profile import Profile
 from engine.reasons import Reason
 from engine.state import State
@@ -19,7 +20,7 @@ from engine.tasks import Micros, PodState, TaskState
 class Turn:
     """Collects the orders of one step; each is applied to the state the moment it is given."""
 
-    __slots__ = ("backlog", "cold", "commands", "limits", "more", "now", "profile", "reasons", "state")
+    __slots__ = ("backlog", "cold", "cold_known", "commands", "limits", "more", "now", "profile", "reasons", "state")
 
     def __init__(
         self, state: State, backlog: Backlog, profile: Profile, reasons: dict[Reason, int], now: Micros
@@ -31,8 +32,9 @@ class Turn:
         self.reasons = reasons
         self.now = now
         self.commands: list[Command] = []
-        self.cold: dict[RoomLine, tuple[Rank, Task, int]] = {}
-        """Who is next in lines that sleep, as of the first time it was asked in this step, with the task's ticket."""
+        self.cold: tuple[Rank, Task, RoomLine, int] | None = None
+        """Who is next among the room lines that sleep, with the task's ticket, as of the last time it was looked for."""
+        self.cold_known = False
         self.more = False
         """A bound cut this step short: there is more to decide at once."""
 
@@ -49,7 +51,7 @@ class Turn:
         """Decide about a task by telling it."""
         if reason:
             self.count(Reason(reason))
-        self.order(Notify(task.req_no, state, task.attempt, reason, detail, "", "", self.now, until))
+        self.order(notify(task.req_no, state, task.attempt, self.now, reason, detail, until=until))
 
     def delete(self, pod: Pod, reason: Reason) -> None:
         """Order a Pod to go, unless it is going."""

@@ -25,7 +25,7 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
     wrong = invalid(spec, turn.limits.gang_members)
     if wrong:
         return Reason.INVALID, wrong
-    if task.estimate is not None and not any(model == "*" for model, _ in task.estimate.durations):
+    if task.estimate is not None and not task.estimate.serves_every_model:
         return Reason.INVALID, 'estimate.durations: the entry "*" is missing; every estimate carries one'
     if task.deadline is not None and task.deadline <= turn.now:
         return (
@@ -42,7 +42,8 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
             Reason.TENANT_PENDING_QUOTA,
             f"tenant {tenant.name!r} has {tenant.pending} tasks waiting, its limit is {tenant.max_pending}; try again later",
         )
-    task.shape = turn.backlog.shape_of(task)
+    if task.shape is None:
+        task.shape = turn.backlog.shape_of(task)
     if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, task):
         return Reason.IMPOSSIBLE, f"demand: the known nodes could never hold it: {describe(spec.demand)}; ask for less"
     return None
@@ -80,7 +81,7 @@ def invalid(spec: TaskSpec, most_members: int) -> str:
     if demand.gpus and not 1 <= demand.gpu_share <= WHOLE_GPU:
         return f"demand.gpu_share: {demand.gpu_share} is out of range; use 1 to {WHOLE_GPU} thousandths"
     amounts = (demand.gpu_memory_bytes, demand.cpu_milli, demand.memory_bytes, demand.disk_bytes, demand.network_bps)
-    if min(amounts) < 0 or any(amount < 0 for _, amount in demand.extra):
+    if min(amounts) < 0 or (demand.extra and min(amount for _, amount in demand.extra) < 0):
         return "demand: an amount is below 0; use 0 or more"
     return ""
 

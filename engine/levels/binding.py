@@ -6,12 +6,13 @@ from heapq import heappop, heappush, heapreplace
 
 from engine.backlog import Kind, RoomLine, Shape, WarmLine
 from engine.cluster import pick_gpus
-from engine.commands import Notify, StartTask
+from engine.commands import Notify
 from engine.entities import Node, Pod, Task
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import claim, make_room
 from engine.lines import Rank
+from engine.making import start_task
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 
@@ -24,6 +25,9 @@ def place(turn: Turn) -> None:
     """
     backlog = turn.backlog
     backlog.wake_by_changes()
+    for line in list(backlog.active):
+        if line.node < 0 and line.members == 1 and line.fit.best() is None:
+            backlog.sleep(line)
     backlog.woken.clear()
     backlog.woken.update(backlog.active)
     turns = Turns(turn)
@@ -113,7 +117,7 @@ def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
     if pod.state is PodState.CREATING:
         turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
     else:
-        turn.order(StartTask(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint))
+        turn.order(start_task(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint))
 
 
 def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
@@ -155,23 +159,26 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
 
 def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
     """Give an idle Pod's room to a task that ranks before the one the Pod would serve, if that has waited long enough."""
-    best: tuple[Rank, Task, RoomLine] | None = None
+    cold = turn.cold
+    if not turn.cold_known or (cold is not None and cold[1].line_ticket != cold[3]):
+        cold = turn.cold = _next_cold(turn)
+        turn.cold_known = True
+    if cold is None or cold[0] > rank:
+        return False
+    cold_rank, other, line, _ = cold
+    if cold_rank[0] == rank[0] and other.submitted_at + turn.profile.warm_first_us > task.submitted_at:
+        return False
+    return other is not task and claim_room(turn, other, line)
+
+
+def _next_cold(turn: Turn) -> tuple[Rank, Task, RoomLine, int] | None:
+    best: tuple[Rank, Task, RoomLine, int] | None = None
     for line in turn.backlog.open_rooms:
         if line.live and not line.active and line.members == 1:
-            head = turn.cold.get(line)
-            if head is None or head[1].line_ticket != head[2]:
-                found = line.head()
-                if found is None:
-                    continue
-                head = turn.cold[line] = (found[0], found[1], found[1].line_ticket)
-            if head[0] < (best[0] if best else rank):
-                best = (head[0], head[1], line)
-    if best is None:
-        return False
-    cold_rank, cold, line = best
-    if cold_rank[0] == rank[0] and cold.submitted_at + turn.profile.warm_first_us > task.submitted_at:
-        return False
-    return claim_room(turn, cold, line)
+            head = line.head()
+            if head is not None and (best is None or head[0] < best[0]):
+                best = (head[0], head[1], line, head[1].line_ticket)
+    return best
 
 
 def reclaim(turn: Turn) -> bool:

@@ -50,20 +50,24 @@ def advise(turn: Turn) -> None:
     profile, state = turn.profile, turn.state
     if not profile.scale_after_us:
         return
-    up = [node for node in state.cluster.nodes if node.up]
+    cluster = state.cluster
     if state.pending == 0:
-        used = max(1, sum(1 for node in up if node.pods))
-        if state.wanted_nodes > used and used < len(up):
+        if state.wanted_nodes == 0:
+            return
+        used = max(1, int((cluster.pods[: len(cluster)] > 0).sum()))
+        if used < min(state.wanted_nodes, int(cluster.is_open[: len(cluster)].sum())):
             turn.count(Reason.IDLE)
             turn.order(ScaleNodes(used, Reason.IDLE))
         return
     stuck = [line for line in turn.backlog.open_rooms if line.live and not line.active and _is_late(turn, line)]
-    if not stuck or not up:
+    if not stuck:
         return
+    up = int(cluster.is_open[: len(cluster)].sum())
+    have = sum(cluster.cards.values())
     gpus = sum(line.live * line.members * line.fit.demand.gpus * line.fit.demand.gpu_share for line in stuck)
-    per_node = max(1000, 1000 * sum(len(node.spec.gpus) for node in up) // len(up))
-    wanted = min(profile.scale_nodes_max, len(up) + max(1, -(-gpus // per_node)))
-    if wanted > max(state.wanted_nodes, len(up)):
+    per_node = max(1000, 1000 * have // max(1, len(cluster)))
+    wanted = min(profile.scale_nodes_max, up + max(1, -(-gpus // per_node)))
+    if wanted > max(state.wanted_nodes, up):
         turn.count(Reason.PENDING_WORK)
         turn.order(ScaleNodes(wanted, Reason.PENDING_WORK))
 

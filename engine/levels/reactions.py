@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from engine import agenda
-from engine.commands import DeletePod, Notify, StartTask
+from engine.commands import DeletePod, StartTask
 from engine.entities import Claim, Node, Pod, Task
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
+from engine.making import notify
 from engine.reasons import Reason
 from engine.stopping import stop
 from engine.tasks import NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
@@ -108,7 +109,7 @@ def _stop_rest(turn: Turn, task: Task) -> None:
 
 def _running(turn: Turn, task: Task) -> None:
     node = _node_name(turn, task)
-    turn.news(Notify(task.req_no, TaskState.RUNNING, task.attempt, "", "", "", node, turn.now))
+    turn.news(notify(task.req_no, TaskState.RUNNING, task.attempt, turn.now, node=node))
 
 
 def _node_name(turn: Turn, task: Task) -> str:
@@ -117,7 +118,7 @@ def _node_name(turn: Turn, task: Task) -> str:
 
 
 def _finished(turn: Turn, task: Task) -> None:
-    turn.news(Notify(task.req_no, TaskState.FINISHED, task.attempt, "", "", task.result, "", turn.now))
+    turn.news(notify(task.req_no, TaskState.FINISHED, task.attempt, turn.now, result=task.result))
 
 
 def _orphan(turn: Turn, number: int) -> None:
