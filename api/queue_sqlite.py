@@ -10,27 +10,14 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from api.ss_queue import RESULTS, DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
+from api.ss_queue_file import open_file, transaction
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS message(
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, priority INTEGER NOT NULL,
-  body BLOB NOT NULL, state INTEGER NOT NULL, due_at REAL NOT NULL, deliveries INTEGER NOT NULL DEFAULT 0,
-  UNIQUE(queue, message_id));
-CREATE INDEX IF NOT EXISTS message_ready ON message(queue, priority DESC, seq) WHERE state = 0;
-CREATE INDEX IF NOT EXISTS message_due ON message(queue, state, due_at) WHERE state > 0;
-CREATE TABLE IF NOT EXISTS seen(
-  n INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, UNIQUE(queue, message_id));
-CREATE TABLE IF NOT EXISTS dead(
-  n INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL, priority INTEGER NOT NULL,
-  body BLOB NOT NULL, reason TEXT NOT NULL, deliveries INTEGER NOT NULL, died_at REAL NOT NULL, UNIQUE(queue, message_id));
-"""
 _READY, _LEASED, _DELAYED = 0, 1, 2
 KEEP_NEWEST: Mapping[str, int] = {RESULTS: 100_000}
 _COLUMNS = "queue, message_id, body, priority, seq, deliveries"
@@ -83,9 +70,9 @@ class SqliteQueue:
         self._poll_s = poll_s
         self._clock = clock
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._durable = _open(self.path, "FULL")
+        self._durable = open_file(self.path, "FULL")
         self._durable_lock = threading.Lock()
-        self._light = _open(self.path, "NORMAL")
+        self._light = open_file(self.path, "NORMAL")
         self._light_lock = threading.RLock()
         self._pending: list[_Put] = []
         self._pending_lock = threading.Lock()
@@ -125,7 +112,7 @@ class SqliteQueue:
         now = self._clock()
         broken: Exception | None = None
         try:
-            with _transaction(self._durable):
+            with transaction(self._durable):
                 held = self._held()
                 for entry in batch:
                     bounded = entry.queue not in self._keep_newest
@@ -143,6 +130,9 @@ class SqliteQueue:
         for entry in batch:
             entry.error = entry.error or broken
             entry.done = True
+        self._ring()
+
+    def _ring(self) -> None:
         with self._bell:
             self._puts += 1
             self._bell.notify_all()
@@ -248,7 +238,7 @@ class SqliteQueue:
             ).fetchone()[0]
             if idle:
                 return []
-            with _transaction(db):
+            with transaction(db):
                 db.execute(
                     "UPDATE message SET state = 0 WHERE queue = ? AND state IN (1, 2) AND due_at <= ?", (queue, now)
                 )
@@ -286,7 +276,7 @@ class SqliteQueue:
         if self._closed or self.peek(queue, message_id) is None:
             return None
         now = self._clock()
-        with self._light_lock, _transaction(self._light) as db:
+        with self._light_lock, transaction(self._light) as db:
             row = db.execute(
                 f"SELECT {_COLUMNS} FROM message WHERE queue = ? AND message_id = ? AND (state != 1 OR due_at <= ?)",  # noqa: S608
                 (queue, message_id, now),
@@ -308,7 +298,7 @@ class SqliteQueue:
         """Forget messages that are dealt with; returns how many of the leases were still held."""
         if not deliveries:
             return 0
-        with self._light_lock, _transaction(self._light) as db:
+        with self._light_lock, transaction(self._light) as db:
             acked = 0
             for item in deliveries:
                 held = db.execute(
@@ -325,7 +315,7 @@ class SqliteQueue:
     def nack(self, deliveries: Sequence[Delivery], delay_s: float = 0.0) -> int:
         """Give messages back, to be delivered again after the delay."""
         state = _DELAYED if delay_s > 0 else _READY
-        with self._light_lock, _transaction(self._light) as db:
+        with self._light_lock, transaction(self._light) as db:
             given = sum(
                 db.execute(
                     "UPDATE message SET state = ?, due_at = ? WHERE seq = ? AND deliveries = ? AND state = 1",
@@ -333,14 +323,12 @@ class SqliteQueue:
                 ).rowcount
                 for item in deliveries
             )
-        with self._bell:
-            self._puts += 1
-            self._bell.notify_all()
+        self._ring()
         return given
 
     def extend(self, deliveries: Sequence[Delivery], lease_s: float) -> int:
         """Lengthen leases to `lease_s` from now; returns how many were still held."""
-        with self._light_lock, _transaction(self._light) as db:
+        with self._light_lock, transaction(self._light) as db:
             return sum(
                 db.execute(
                     "UPDATE message SET due_at = ? WHERE seq = ? AND deliveries = ? AND state = 1",
@@ -349,11 +337,18 @@ class SqliteQueue:
                 for item in deliveries
             )
 
+    def release(self, queue: str) -> int:
+        """Give every leased message of a queue back; for its only reader, when it begins a new life."""
+        with self._light_lock, transaction(self._light) as db:
+            given = db.execute("UPDATE message SET state = 0 WHERE queue = ? AND state = 1", (queue,)).rowcount
+        self._ring()
+        return given
+
     # --- dead letters -----------------------------------------------------------------------------------------------
 
     def bury(self, deliveries: Sequence[Delivery], reason: str) -> int:
         """Move messages to the dead letters, by order."""
-        with self._light_lock, _transaction(self._light) as db:
+        with self._light_lock, transaction(self._light) as db:
             return sum(self._bury(db, item, reason, held=True) for item in deliveries)
 
     def _bury(self, db: sqlite3.Connection, item: Delivery, reason: str, *, held: bool = False) -> int:
@@ -381,7 +376,7 @@ class SqliteQueue:
 
     def requeue_dead(self, queue: str, message_id: str) -> bool:
         """Put a dead letter back in its queue with its deliveries forgotten; False when there is none."""
-        with self._durable_lock, _transaction(self._durable) as db:
+        with self._durable_lock, transaction(self._durable) as db:
             key = (queue, message_id)
             moved = db.execute(
                 "INSERT OR IGNORE INTO message(queue, message_id, priority, body, state, due_at)"
@@ -389,9 +384,7 @@ class SqliteQueue:
                 key,
             ).rowcount
             db.execute("DELETE FROM dead WHERE queue = ? AND message_id = ?", key)
-        with self._bell:
-            self._puts += 1
-            self._bell.notify_all()
+        self._ring()
         return moved > 0
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
@@ -417,30 +410,3 @@ class SqliteQueue:
                 self._bell.notify_all()
             self._durable.close()
             self._light.close()
-
-
-def _open(path: Path, synchronous: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute(f"PRAGMA synchronous = {synchronous}")
-    db.execute("PRAGMA journal_size_limit = 67108864")
-    db.executescript(_SCHEMA)
-    return db
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Run a write transaction; a storage error is final and never retried."""
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
-    except sqlite3.Error as error:
-        raise QueueBroken(
-            f"the message queue's storage failed: {error}; free the disk or repair it, then start again"
-        ) from error

@@ -24,7 +24,7 @@ from api.ss_board import Board
 from api.ss_intake import MethodDefaults, Request, understand
 from api.ss_jobs import Folded, Job, JobFold
 from api.ss_payloads import StorePayloads
-from api.ss_queue import Delivery, Queue
+from api.ss_queue import REQUESTS, Delivery, Queue
 from api.ss_threads import IntakeThread, MailThread
 from api.store import Store
 from engine.commands import Command
@@ -93,6 +93,8 @@ class SupportCore:
     def start(self, post: Callable[[Event], None]) -> None:
         """Begin to take requests in; `post` gives events to the engine."""
         self._post = post
+        # What an earlier life took and did not bring into the journal is taken anew at once, not when its lease runs out.
+        self.queue.release(REQUESTS)
         self.mail.start()
         self.intake.start()
 

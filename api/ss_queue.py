@@ -94,6 +94,10 @@ class Queue(Protocol):
         """Lengthen leases to `lease_s` from now; returns how many were still held."""
         ...
 
+    def release(self, queue: str) -> int:
+        """Give every leased message of a queue back; for its only reader, when it begins a new life."""
+        ...
+
     def bury(self, deliveries: Sequence[Delivery], reason: str) -> int:
         """Move messages to the dead letters, by order."""
         ...

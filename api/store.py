@@ -72,11 +72,11 @@ class Store:
 
     def __init__(self, path: Path | str, *, max_events: int = 1_000_000) -> None:
         self._max_events = max_events
-        self._writes = 0
         self._next_n = 0
         self._lock = threading.RLock()
         self._read = sqlite3.connect(Path(path), timeout=10.0, isolation_level=None, check_same_thread=False)
         self._read.executescript(_SCHEMA)
+        self._events = self._rows("SELECT count(*) FROM job_event")[0][0]
 
     def close(self) -> None:
         """Close the reading connection."""
@@ -120,10 +120,11 @@ class Store:
             "INSERT OR IGNORE INTO outbox(tenant, req_no, message_id, priority, body) VALUES(?,?,?,?,?)",
             [(*outcome.job.key, outcome.message_id, outcome.job.priority, outcome.body) for outcome in won],
         )
-        self._writes += 1
-        if self._writes % 1000 == 0:
-            oldest = "SELECT event_id FROM job_event ORDER BY event_id DESC LIMIT 10000 OFFSET ?"
-            db.execute(f"DELETE FROM job_event WHERE event_id IN ({oldest})", (self._max_events,))  # noqa: S608
+        self._events += len(lasting)
+        if self._events > self._max_events:
+            gone = max(self._events - self._max_events, self._max_events // 100)
+            oldest = "SELECT event_id FROM job_event ORDER BY event_id LIMIT ?"
+            self._events -= db.execute(f"DELETE FROM job_event WHERE event_id IN ({oldest})", (gone,)).rowcount  # noqa: S608
 
     def _write_new(self, db: sqlite3.Connection, jobs: Sequence[Job]) -> None:
         """Add jobs as they are now, after all of the step."""

@@ -90,6 +90,18 @@ def test_extending_a_lease_keeps_the_message_away_from_others(queue: SqliteQueue
     assert queue.extend(taken, 10) == 0
 
 
+def test_a_reader_that_begins_anew_gets_what_it_had_taken_before(queue: SqliteQueue) -> None:
+    queue.put("requests", "a", b"x")
+    queue.put("results", "b", b"x")
+    (old,) = queue.take("requests", lease_s=1000)
+    queue.take("results", lease_s=1000)
+    assert queue.release("requests") == 1
+    (new,) = queue.take("requests")
+    assert new.deliveries == 2
+    assert queue.ack([old]) == 0
+    assert queue.take("results") == []
+
+
 def test_a_message_given_back_waits_for_its_delay(queue: SqliteQueue, clock: Clock) -> None:
     queue.put("requests", "a", b"x")
     queue.nack(queue.take("requests"), delay_s=5)

@@ -200,6 +200,22 @@ def test_the_store_holds_what_the_fold_says(steps: list[list[Notify]]) -> None:
         journal.close()
 
 
+def test_the_history_of_jobs_is_bounded_and_the_newest_is_kept(tmp_path: Path) -> None:
+    journal, store = SqliteJournal(tmp_path / "journal.db"), Store(tmp_path / "journal.db", max_events=200)
+    one = job()
+    fold = JobFold([], store.job_by_task, 1)
+    fold.expected["t1"] = one
+    events = [TaskSubmitted(TaskSpec("t1", "acme", "", TaskType.GC, "sleep"))]
+    for n in range(500):
+        with journal.transaction() as db:
+            store.write_folded(db, fold.fold(n, events if n == 0 else [], [Notify("t1", TaskState.RUNNING, attempt=n)]))
+    kept = store.events("acme", "t1", 0, 10_000)
+    assert 198 <= len(kept) <= 200
+    assert kept[-1][4]["attempt"] == 499
+    store.close()
+    journal.close()
+
+
 def test_the_outcome_row_is_taken_once_even_if_the_fold_were_wrong(tmp_path: Path) -> None:
     journal, store = SqliteJournal(tmp_path / "journal.db"), Store(tmp_path / "journal.db")
     one, two = job(), job()

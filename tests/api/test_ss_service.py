@@ -8,10 +8,12 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from api.journal import JournalBroken
 from api.messages import decode, encode_request, request_id
 from api.ports import SupportRefused
 from api.queue_sqlite import SqliteQueue
@@ -409,6 +411,53 @@ def test_queue_and_health_are_shown(platform: Platform) -> None:
     assert shown["support"]["accepted"] == 1
     health = platform.call(platform.support.health)
     assert health["ready"], health
+
+
+def test_a_storage_failure_ends_the_scheduler_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    platform.result(platform.ask())
+    scheduler = platform.scheduler
+    with scheduler.journal.transaction() as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages}")
+    asked = [platform.ask(group="x" * 128, note="y" * 4000) for _ in range(30)]
+    assert scheduler.failed.wait(30)
+    health = platform.call(platform.support.health)
+    assert not health["ready"]
+    assert "full" in health["modules"]["scheduler"]["detail"]
+    scheduler.close()
+    assert isinstance(scheduler.error, JournalBroken)
+    platform.start()
+    assert {f"acme/{req_no}" for req_no in asked} == set(platform.results(len(asked)))
+    platform.stop()
+
+
+def test_requests_wait_in_the_queue_while_too_much_is_under_way(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    core = platform.scheduler.core
+    running = platform.ask(seconds=3600)
+    platform.job_when(running, {"running"})
+    core._max_live = 1
+    waiting = platform.ask()
+    health = platform.call(platform.support.health)
+    assert (health["ready"], health["modules"]["intake"]["ok"]) == (False, False)
+    assert platform.call(lambda: platform.support.job("acme", waiting)).state == "queued"
+    platform.call(lambda: platform.support.cancel("acme", running))
+    assert set(platform.results(2)) == {f"acme/{running}", f"acme/{waiting}"}
+    platform.stop()
+
+
+def test_a_nearly_full_disk_accepts_nothing_new(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = platform.scheduler.core
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=100, free=4))
+    core._free_checked_at = 0.0
+    assert core.busy()
+    waiting = platform.ask()
+    assert platform.call(lambda: platform.support.job("acme", waiting)).state == "queued"
+    assert not platform.call(platform.support.health)["modules"]["disk"]["ok"]
+    monkeypatch.undo()
+    core._free_checked_at = 0.0
+    assert platform.result(waiting)["state"] == "finished"
 
 
 def test_everything_accepted_comes_back_after_a_restart(tmp_path: Path) -> None:
