@@ -151,6 +151,7 @@ class Backlog:
         self._epoch = -1
         self._cards: list[tuple[str, int]] = []
         self._topology = -1
+        self._columns = 0
         self._scorers = profile.scorer_values()
         self._common = Tenant("", -1)
         ordering = profile.ordering
@@ -181,6 +182,7 @@ class Backlog:
         self.ages.clear()
         self.timers = Timers()
         self._cards = sorted(state.cluster.cards)
+        self._columns = len(state.cluster.columns)
         self._topology = state.cluster.topology
         for pod in state.pods.values():
             pod.warm, pod.offered, pod.check_at = None, -1, NEVER
@@ -378,7 +380,7 @@ class Backlog:
         cluster = self.state.cluster
         if cluster.topology != self._topology:
             self._topology = cluster.topology
-            if sorted(cluster.cards) != self._cards:
+            if sorted(cluster.cards) != self._cards or len(cluster.columns) != self._columns:
                 self.rebuild()
         whole = self._epoch != cluster.epoch
         changed = cluster.changes if whole else cluster.changes[self._cursor :]

@@ -15,8 +15,9 @@ import numpy as np
 from engine.entities import Gpu, Node
 from engine.resources import WHOLE_GPU, Demand, GpuGrant, GpuSpec, NodeSpec
 
-CPU, MEMORY, DISK, NETWORK = range(4)
-BASE_COLUMNS = ("cpu_milli", "memory_bytes", "disk_bytes", "network_bps")
+CPU, MEMORY, DISK, NETWORK, UNOFFERED = range(5)
+BASE_COLUMNS = ("cpu_milli", "memory_bytes", "disk_bytes", "network_bps", "")
+"""The last one stands for every resource that no node offers: there is none of it anywhere."""
 
 
 class Trial:
@@ -150,12 +151,7 @@ class Cluster:
     def totals(self, spec: NodeSpec) -> list[int]:
         """Return the amounts of a node's description by column."""
         row = [0] * len(self.columns)
-        row[CPU], row[MEMORY], row[DISK], row[NETWORK] = (
-            spec.cpu_milli,
-            spec.memory_bytes,
-            spec.disk_bytes,
-            spec.network_bps,
-        )
+        row[:UNOFFERED] = (spec.cpu_milli, spec.memory_bytes, spec.disk_bytes, spec.network_bps)
         for name, amount in spec.extra:
             row[self.columns[name]] = amount
         return row
@@ -273,7 +269,7 @@ class Cluster:
             found.append((NETWORK, demand.network_bps))
         for name, amount in demand.extra:
             if amount:
-                found.append((self.column(name), amount))
+                found.append((self.columns.get(name, UNOFFERED), amount))
         return found
 
     @contextmanager

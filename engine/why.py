@@ -12,7 +12,7 @@ from engine.state import State
 from engine.tasks import PodState, TaskState
 
 _COLUMN_REASONS = dict(
-    zip(BASE_COLUMNS, (Reason.NO_CPU, Reason.NO_MEMORY, Reason.NO_DISK, Reason.NO_NETWORK), strict=True)
+    zip(BASE_COLUMNS[:-1], (Reason.NO_CPU, Reason.NO_MEMORY, Reason.NO_DISK, Reason.NO_NETWORK), strict=True)
 )
 
 
@@ -125,7 +125,8 @@ def _misses(cluster: Cluster, node: Node, demand: Demand, task: Task, empty: boo
         lacking = amount - node.free[column]
         if lacking > 0:
             name = names[column]
-            found.append((_COLUMN_REASONS.get(name, Reason.NO_EXTRA), f"too little {name}", lacking))
+            reason = _COLUMN_REASONS.get(name, Reason.NO_EXTRA)
+            found.append((reason, f"too little {name}" if name else "a resource that no node offers", lacking))
     if demand.gpus:
         found += _gpu_misses(node, demand)
     return found
