@@ -171,7 +171,7 @@ class NodeAgent:
         registered: set[int] = set()
         while machine.life is not Life.LEFT:
             registered = _register(poller, registered, self._host.filenos())
-            wait_us = max(0, min(machine.next_timeout(), self._leave_by) - clock_us())
+            wait_us = max(0, min(machine.next_timeout(), self._leave_by, self._spool.sync_at) - clock_us())
             wait_us = min(wait_us, self._host_deadline_us())
             ready = dict(poller.poll(-(-min(wait_us, 1_000_000) // 1000)))
             now = clock_us()
@@ -188,7 +188,10 @@ class NodeAgent:
                 self.machine.depart(now)
             self._carry_out(now)
             self._send(dealer, now)
-        self._flush_spool()
+            if now >= self._spool.sync_at:
+                self._spool.sync()
+        self._flush_spool(clock_us())
+        self._spool.sync()
 
     def _host_deadline_us(self) -> Micros:
         """Return in how many microseconds the host has a grace to enforce, where it can tell; else `take` is called each second."""
@@ -205,7 +208,7 @@ class NodeAgent:
         self._take_reports(now)
 
     def _send(self, dealer: zmq.Socket[bytes], now: Micros) -> None:
-        self._flush_spool()
+        self._flush_spool(now)
         if self.machine.boot != self._saved_boot:
             self._save_boot(self.machine.boot)
         if self.machine.refusal != self._refusal:
@@ -232,10 +235,10 @@ class NodeAgent:
                 continue
             yield message
 
-    def _flush_spool(self) -> None:
+    def _flush_spool(self, now: Micros) -> None:
         change = self.machine.take_spool()
         if change is not None:
-            self._spool.apply(change)
+            self._spool.apply(now, change)
 
     def _woken(self, now: Micros) -> None:
         try:

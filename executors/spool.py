@@ -2,6 +2,9 @@
 
 An append-only file of framed records (length, CRC-32, body). A torn or corrupt tail is what a crash leaves behind: reading stops
 there. The file is written anew when nothing in it is needed any more, or when it has grown long.
+
+Writing survives the death of the process; surviving a loss of power takes `sync`, which the agent calls for what is not
+acknowledged within `SYNC_AFTER_US`. A result lost in that moment costs a repetition of its attempt, nothing else.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import msgspec
 
 from engine.protocol import messages as m
 from engine.protocol.agent import SpoolChange
+from engine.tasks import NEVER, Micros
 from executors import wire
 
 _HEAD = struct.Struct("<IIB")
 _KEEP, _FORGET = 1, 2
 COMPACT_BYTES = 1 << 20
+SYNC_AFTER_US = 100_000
 
 
 class Spool:
@@ -30,6 +35,8 @@ class Spool:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.held: dict[m.AttemptKey, m.TerminalReport] = {}
+        self.sync_at: int = NEVER
+        """When `sync` is due, on the clock of `apply`."""
         self.torn_bytes = 0
         """Bytes at the end of the file that were no whole record."""
         for kind, body in self._records():
@@ -43,25 +50,32 @@ class Spool:
         self._handle = -1
         self._rewrite()
 
-    def apply(self, change: SpoolChange) -> None:
-        """Make a change durable; raises OSError when the disk refuses, and then nothing of it may be relied on."""
+    def apply(self, now: Micros, change: SpoolChange) -> None:
+        """Write a change; raises OSError when the disk refuses, and then nothing of it may be relied on."""
         data = bytearray()
         for report in change.keep:
             self.held[m.attempt_key(report)] = report
             data += _frame(_KEEP, wire.encode_item(report))
         for key in change.forget:
             self.held.pop(key, None)
-        if not self.held and self._size + len(data) > 4096:
+        if not self.held and self._size > COMPACT_BYTES:
             self._rewrite()
             return
         for key in change.forget:
             data += _frame(_FORGET, msgspec.msgpack.encode(key))
         os.write(self._handle, data)
         self._size += len(data)
-        if change.keep:
-            os.fdatasync(self._handle)
+        if not self.held:
+            self.sync_at = NEVER
+        elif change.keep:
+            self.sync_at = min(self.sync_at, now + SYNC_AFTER_US)
         if self._size > COMPACT_BYTES + 512 * len(self.held):
             self._rewrite()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk; raises OSError."""
+        os.fdatasync(self._handle)
+        self.sync_at = NEVER
 
     def close(self) -> None:
         """Close the file."""
@@ -97,6 +111,7 @@ class Spool:
         os.close(directory)
         self.close()
         self._handle = handle
+        self.sync_at = NEVER
         self._size = len(data)
 
 

@@ -129,24 +129,6 @@ def forget_after_a_restart(patch: Any) -> None:
     patch.setattr(Link, "reorder", lambda self: iter(()))
 
 
-def answer_old_hellos(patch: Any) -> None:
-    """A delayed HELLO opens a session again."""
-    hello = Controller._hello
-
-    def eager(self: Controller, now: int, peer: str, message: m.Hello) -> None:
-        link = self._links.get(message.node.name)
-        if (
-            link is not None
-            and link.boot == message.boot
-            and message.phase <= link.phase
-            and link.stage is Stage.JOINED
-        ):
-            link.phase = message.phase - 1
-        hello(self, now, peer, message)
-
-    patch.setattr(Controller, "_hello", eager)
-
-
 def drop_results_in_a_crash(patch: Any) -> None:
     """The scheduler acknowledges a stretch as durable up to its end, whatever of it was applied."""
     reported = Controller._reported
@@ -185,7 +167,6 @@ MUTANTS: tuple[Patch, ...] = (
     believe_a_new_boot,
     keep_orders_of_lost_nodes,
     forget_after_a_restart,
-    answer_old_hellos,
     drop_results_in_a_crash,
     never_resend,
 )

@@ -8,8 +8,9 @@ import pytest
 
 from engine.protocol import messages as m
 from engine.protocol.agent import SpoolChange
+from engine.tasks import NEVER
 from executors import curve
-from executors.spool import COMPACT_BYTES, Spool
+from executors.spool import COMPACT_BYTES, SYNC_AFTER_US, Spool
 
 
 def test_a_key_file_is_for_its_owner_alone_and_is_never_replaced(tmp_path: Path) -> None:
@@ -82,8 +83,8 @@ def done(number: int) -> m.Done:
 
 def test_the_spool_holds_what_was_kept_and_not_forgotten(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    spool.apply(SpoolChange((done(1), done(2), m.Failed("r3", 1), m.Stopped("r4", 1, 0, "cp")), ()))
-    spool.apply(SpoolChange((), (("r1", 1, 0),)))
+    spool.apply(0, SpoolChange((done(1), done(2), m.Failed("r3", 1), m.Stopped("r4", 1, 0, "cp")), ()))
+    spool.apply(0, SpoolChange((), (("r1", 1, 0),)))
     spool.close()
     again = Spool(tmp_path / "spool")
     assert list(again.held.values()) == [done(2), m.Failed("r3", 1), m.Stopped("r4", 1, 0, "cp")]
@@ -94,9 +95,9 @@ def test_the_spool_holds_what_was_kept_and_not_forgotten(tmp_path: Path) -> None
 def test_a_torn_tail_costs_only_the_record_it_tore(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "spool"
     spool = Spool(path)
-    spool.apply(SpoolChange((done(1),), ()))
+    spool.apply(0, SpoolChange((done(1),), ()))
     whole = path.stat().st_size
-    spool.apply(SpoolChange((done(2),), ()))
+    spool.apply(0, SpoolChange((done(2),), ()))
     spool.close()
     data = path.read_bytes()
     cut = min(cut, len(data) - whole - 1)
@@ -104,17 +105,30 @@ def test_a_torn_tail_costs_only_the_record_it_tore(tmp_path: Path, cut: int) -> 
     again = Spool(path)
     assert list(again.held.values()) == [done(1)]
     assert again.torn_bytes == len(data) - whole - cut
-    again.apply(SpoolChange((done(3),), ()))
+    again.apply(0, SpoolChange((done(3),), ()))
     again.close()
     last = Spool(path)
     assert list(last.held.values()) == [done(1), done(3)]
     last.close()
 
 
+def test_only_what_is_not_acknowledged_soon_waits_for_the_disk(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.apply(5, SpoolChange((done(1),), ()))
+    spool.apply(7, SpoolChange((done(2),), ()))
+    assert spool.sync_at == 5 + SYNC_AFTER_US
+    spool.apply(9, SpoolChange((), (("r1", 1, 0), ("r2", 1, 0))))
+    assert spool.sync_at == NEVER
+    spool.apply(9, SpoolChange((done(3),), ()))
+    spool.sync()
+    assert spool.sync_at == NEVER
+    spool.close()
+
+
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "spool"
     spool = Spool(path)
-    spool.apply(SpoolChange((done(1), done(2)), ()))
+    spool.apply(0, SpoolChange((done(1), done(2)), ()))
     spool.close()
     data = bytearray(path.read_bytes())
     data[len(data) // 2 + 12] ^= 1
@@ -126,11 +140,11 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 def test_the_spool_does_not_grow_for_ever(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    spool.apply(SpoolChange((m.Done("stays", 1),), ()))
+    spool.apply(0, SpoolChange((m.Done("stays", 1),), ()))
     large = '"' + "x" * 40_000 + '"'
     for number in range(40):
-        spool.apply(SpoolChange((m.Done(f"r{number}", 1, 0, large),), ()))
-        spool.apply(SpoolChange((), ((f"r{number}", 1, 0),)))
+        spool.apply(0, SpoolChange((m.Done(f"r{number}", 1, 0, large),), ()))
+        spool.apply(0, SpoolChange((), ((f"r{number}", 1, 0),)))
     assert (tmp_path / "spool").stat().st_size < 1.2 * COMPACT_BYTES
     assert list(spool.held) == [("stays", 1, 0)]
     spool.close()
