@@ -264,14 +264,18 @@ class SupportFake:
 
 
 class GatewayFake:
-    """A whole gateway over the fake, with the keys of two tenants and of an operator."""
+    """A whole gateway over the fake, with the keys of two tenants and of an operator.
 
-    def __init__(self, directory: Path, *, auto: bool = False, **settings: Any) -> None:
+    `keep_log` lets structlog write into `logs`, for the whole process.
+    """
+
+    def __init__(self, directory: Path, *, auto: bool = False, keep_log: bool = False, **settings: Any) -> None:
         self.store = open_store("memory://")
         self.support = SupportFake(self.store, auto=auto)
         self.keys = KeyStore(directory / "keys.sqlite", b"k" * 32)
         self.logs = LogRing()
-        configure_logging("gateway", stream=io.StringIO(), ring=self.logs, standard_library=False)
+        if keep_log:
+            configure_logging("gateway", stream=io.StringIO(), ring=self.logs, standard_library=False)
         given = {"signing_secrets": ("s" * 40,), "watch_s": 0.0, "poll_s": 0.01, **settings}
         self.config = GatewayConfig.model_validate({"state_dir": directory, **given})
         self.app = create_app(self.config, self.support, self.support, self.store, self.keys, logs=self.logs)

@@ -104,7 +104,9 @@ async def generate(
     key: IdempotencyKey = "",
 ) -> ImagesResponse | Response:
     """Run a generation and answer with its pictures. Hanging up cancels it, as does waiting longer than the time-out (504)."""
-    outcome = await parts.submissions.submit(known, job_request(body), key, source="images")
+    outcome = await parts.submissions.submit(
+        known, job_request(body), key, source="images", traceparent=request.headers.get("traceparent", "")
+    )
     req_no = outcome.view.req_no
     limit_s = min(body.timeout_s or parts.config.sync_timeout_s, parts.config.sync_timeout_s)
     location = {"X-Job-Location": f"{parts.base_url(request)}/v1/jobs/{req_no}"}

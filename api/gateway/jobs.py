@@ -72,7 +72,7 @@ async def submit_job(
     key: IdempotencyKey = "",
 ) -> Job:
     """Put a job on the queue. Answered when it is durable there; follow `Location` for its state."""
-    outcome = await parts.submissions.submit(known, body, key)
+    outcome = await parts.submissions.submit(known, body, key, traceparent=request.headers.get("traceparent", ""))
     job = job_of(parts, request, outcome.view)
     response.headers["Location"] = job.links.self
     response.headers["Retry-After"] = "1"

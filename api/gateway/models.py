@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import structlog
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.gateway.context import AnyCaller, GatewayParts
@@ -32,6 +32,14 @@ class Models(BaseModel):
 
     object: str = "list"
     data: list[Model]
+
+
+class Deleted(BaseModel):
+    """A model that is gone."""
+
+    id: str
+    object: str = "model"
+    deleted: bool = True
 
 
 class Deployment(BaseModel):
@@ -72,13 +80,13 @@ async def undeploy(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> 
 
 
 @router.delete(
-    "/models/{model_id:path}", status_code=204, responses=declared(409), summary="Delete a personalised model"
+    "/models/{model_id:path}", response_model=Deleted, responses=declared(409), summary="Delete a personalised model"
 )
-async def delete_model(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Response:
+async def delete_model(model_id: ModelId, known: AnyCaller, parts: GatewayParts) -> Deleted:
     """Delete a model that a training made; 409 while a job uses it."""
     await parts.support.delete_model(known.scope, model_id)
     log.info("model_deleted", model=model_id, by=known.key_id)
-    return Response(status_code=204)
+    return Deleted(id=model_id)
 
 
 @router.get("/models/{model_id:path}", response_model=Model, responses=declared(), summary="Look at a model")

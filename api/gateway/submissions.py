@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from api.gateway.records import Records
 from api.messages import MessageRefused, encode_request, request_id
 from api.ports import JobEvent, JobView, SupportPort, SupportRefused
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 TERMINAL = frozenset({"finished", "cancelled", "rejected", "dead"})
 TRAINING_METHODS = frozenset({"dreambooth"})
 FILE_PARAMETERS = ("pictures", "image", "mask", "control_image")
@@ -112,7 +114,9 @@ class Submissions:
         self._validate = validate
         self._pruned_at = clock_s()
 
-    async def submit(self, caller: Caller, request: JobRequest, key: str = "", source: str = "jobs") -> Submitted:
+    async def submit(
+        self, caller: Caller, request: JobRequest, key: str = "", source: str = "jobs", traceparent: str = ""
+    ) -> Submitted:
         """Put a job on the queue; returns when it is durable there. Raises Refused."""
         policy = self._config.tenant(caller.tenant)
         if request.priority > policy.max_priority:
@@ -144,7 +148,7 @@ class Submissions:
             if known is not None:
                 return Submitted(known, replayed=True)
         view = self._view(caller, request, req_no, parameters)
-        await self._enqueue(caller, request, view, fingerprint)
+        await self._enqueue(caller, request, view, fingerprint, traceparent)
         if key:
             await asyncio.to_thread(self._records.settle, caller.tenant, key, 202, view.model_dump_json())
         return Submitted(view)
@@ -259,13 +263,15 @@ class Submissions:
             parameters=parameters,
         )
 
-    async def _enqueue(self, caller: Caller, request: JobRequest, view: JobView, fingerprint: str) -> None:
+    async def _enqueue(
+        self, caller: Caller, request: JobRequest, view: JobView, fingerprint: str, traceparent: str
+    ) -> None:
         now = self._clock_s()
         if now - self._pruned_at > 60:
             self._pruned_at = now
             await asyncio.to_thread(self._records.prune, now - self._config.idempotency_ttl_s)
         policy = self._config.tenant(caller.tenant)
-        message = message_of(view, request, now)
+        message = message_of(view, request, now, traceparent)
         fresh = self._records.accept(caller.tenant, view.req_no, fingerprint, view.model_dump_json(), now)
         try:
             await self._intake.submit(
@@ -282,7 +288,7 @@ class Submissions:
             raise
 
 
-def message_of(view: JobView, request: JobRequest, now_s: float) -> bytes:
+def message_of(view: JobView, request: JobRequest, now_s: float, traceparent: str = "") -> bytes:
     """Return the queue message of a job; raises Refused 413 or 422 when it cannot be one."""
     try:
         return encode_request(
@@ -295,6 +301,7 @@ def message_of(view: JobView, request: JobRequest, now_s: float) -> bytes:
             priority=view.priority,
             deadline=None if request.deadline_s is None else now_s + request.deadline_s,
             affinity=request.affinity,
+            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
         )
     except MessageRefused as refused:
         status = 413 if refused.code == "too_large" else 422

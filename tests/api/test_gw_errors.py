@@ -72,7 +72,14 @@ def test_a_method_that_is_not_possible_names_those_that_are(gw: GatewayFake) -> 
     assert set(answer.headers["allow"].replace(" ", "").split(",")) == {"GET", "POST"}
 
 
-def test_a_crash_leaves_as_the_one_error_body_and_tells_nothing(gw: GatewayFake) -> None:
+def test_a_crash_leaves_as_the_one_error_body_and_tells_nothing(
+    gw: GatewayFake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashes = []
+    monkeypatch.setattr(
+        "api.gateway.gate.log.exception", lambda event, **more: crashes.append((event, more["request_id"]))
+    )
+
     async def crash(*_args, **_more):
         raise RuntimeError("secret internals")
 
@@ -83,6 +90,7 @@ def test_a_crash_leaves_as_the_one_error_body_and_tells_nothing(gw: GatewayFake)
     assert answer.headers["x-request-id"] == "my-id"
     assert answer.json()["request_id"] == "my-id"
     assert "secret" not in answer.text
+    assert crashes == [("request_crashed", "my-id")]
 
 
 def test_a_request_id_is_taken_over_when_it_is_harmless_and_made_otherwise(gw: GatewayFake) -> None:

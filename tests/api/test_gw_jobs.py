@@ -61,6 +61,16 @@ def test_a_submitted_job_is_on_the_queue_and_answered_with_its_location(gw: Gate
     assert tree["header"]["deadline"] == pytest.approx(job["submitted_at"] + 60, abs=1)
 
 
+def test_a_trace_context_travels_with_the_message_when_it_is_one(gw: GatewayFake) -> None:
+    good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for sent in (good, "nonsense"):
+        headers = {**gw.ana, "traceparent": sent}
+        gw.client.post("/v1/jobs", json={"method": "sleep", "parameters": {}}, headers=headers)
+    first, second = [json.loads(message.body)["header"] for _, message in gw.support.messages]
+    assert first["traceparent"] == good
+    assert "traceparent" not in second
+
+
 def test_a_job_is_seen_as_queued_until_its_message_is_read(gw: GatewayFake) -> None:
     gw.support.reading = False
     job = gw.submit()

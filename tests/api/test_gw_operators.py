@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.gateway.fake import GatewayFake
@@ -13,8 +15,9 @@ from api.ports import ModelView
 
 
 @pytest.fixture
-def gw(tmp_path: Path) -> GatewayFake:
-    return GatewayFake(tmp_path)
+def gw(tmp_path: Path) -> Iterator[GatewayFake]:
+    yield GatewayFake(tmp_path, keep_log=True)
+    structlog.reset_defaults()
 
 
 def metrics(gw: GatewayFake) -> dict[str, float]:
@@ -52,7 +55,11 @@ def test_models_are_deployed_undeployed_and_deleted(gw: GatewayFake) -> None:
     assert gw.client.post("/v1/models/lora-1/deploy", json={"pods": 5}, headers=gw.ana).status_code == 403
     assert gw.client.post("/v1/models/lora-1/deploy", json={"pods": 5}, headers=gw.ops).json()["deployed_pods"] == 5
     assert gw.client.post("/v1/models/lora-1/undeploy", headers=gw.ana).json()["deployed_pods"] == 0
-    assert gw.client.delete("/v1/models/lora-1", headers=gw.ana).status_code == 204
+    assert gw.client.delete("/v1/models/lora-1", headers=gw.ana).json() == {
+        "id": "lora-1",
+        "object": "model",
+        "deleted": True,
+    }
     assert gw.client.get("/v1/models/lora-1", headers=gw.ana).status_code == 404
     assert gw.client.delete("/v1/models/tiny", headers=gw.ops).status_code == 409
 
