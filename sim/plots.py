@@ -60,7 +60,7 @@ def all_plots(results: Sequence[SimulationResult]) -> list[Plot]:
                 _gpus(results),
             ),
             Plot("Model loads over time", "Pods created with a model, per hour.", _loads(results)),
-            Plot("Use of each node", "Busy share of the node's GPUs over time, dark is busy.", _heat(results)),
+            Plot("Use of each node", _heat_note(results), _heat(results)),
         ]
 
 
@@ -145,6 +145,12 @@ def _loads(results: Sequence[SimulationResult]) -> str:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return _svg(figure)
+
+
+def _heat_note(results: Sequence[SimulationResult]) -> str:
+    nodes = max(len(result.summary.heat) for result in results)
+    shown = f" The first {_NODES_SHOWN} of {nodes} nodes; the JSON has all." if nodes > _NODES_SHOWN else ""
+    return f"Busy share of the node's GPUs over time, dark is busy.{shown}"
 
 
 def _heat(results: Sequence[SimulationResult]) -> str:

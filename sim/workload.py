@@ -54,7 +54,13 @@ class Workload:
 
     def __post_init__(self) -> None:
         last = 0
+        seen: set[str] = set()
         for number, arrival in enumerate(self.arrivals):
+            if arrival.task.req_no in seen:
+                raise WorkloadError(
+                    f"workload {self.name!r}: req_no {arrival.task.req_no!r} occurs twice; every task has its own"
+                )
+            seen.add(arrival.task.req_no)
             if arrival.at < last:
                 raise WorkloadError(
                     f"workload {self.name!r}: arrival {number} ({arrival.task.req_no}) at {arrival.at} us comes before the one "
