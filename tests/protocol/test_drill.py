@@ -42,16 +42,24 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert first.disk == second.disk
 
 
+KILLED_BY = {
+    "acknowledge_before_the_journal": (26,),
+    "never_fence": (38,),
+    "judge_the_lease_at_heartbeats_only": (38,),
+    "give_nodes_up_too_early": (6,),
+    "count_the_lease_from_receipt": (38,),
+    "accept_any_session": (39,),
+}
+"""Seeds known to notice a mutant; others are tried when the engine's decisions have changed since."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_rule_is_noticed(mutant: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
-    for seed in KILLED_BY.get(mutant.__name__, range(60)):
+    for seed in (*KILLED_BY.get(mutant.__name__, ()), *range(120)):
         try:
             run_seed(seed)
         except Exception:
             return
     pytest.fail(f"{mutant.__name__} lived through every seed")
-
-
-KILLED_BY: dict[str, tuple[int, ...]] = {}
