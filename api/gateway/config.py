@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from jwt.algorithms import get_default_algorithms
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "EdDSA"]
@@ -58,6 +59,9 @@ class JwtConfig(BaseModel):
     def _one_family(self) -> JwtConfig:
         if not self.algorithms:
             raise ValueError("algorithms: name at least one; tokens of other algorithms are refused")
+        missing = sorted(set(self.algorithms) - set(get_default_algorithms()))
+        if missing:
+            raise ValueError(f"algorithms: {missing} need the package cryptography; install pyjwt[crypto]")
         shared = [name.startswith("HS") for name in self.algorithms]
         if any(shared) and not all(shared):
             raise ValueError(

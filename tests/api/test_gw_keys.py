@@ -166,3 +166,16 @@ def test_a_key_file_holds_only_digests_of_its_keys(tmp_path: Path) -> None:
     store.create("ana")
     rows = sqlite3.connect(tmp_path / "keys.sqlite").execute("SELECT length(digest) FROM api_key").fetchall()
     assert rows == [(32,)]
+
+
+def test_tokens_signed_by_a_private_key_are_checked_with_the_public_one() -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    ours, theirs = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    public = ours.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    config = JwtConfig(**{**JWT, "algorithms": ["ES256"], "key": public})
+    assert caller_of_token(token(key=ours, algorithm="ES256"), config).tenant == "ana"
+    for wrong in (token(key=theirs, algorithm="ES256"), token()):
+        with pytest.raises(KeyRefused):
+            caller_of_token(wrong, config)
