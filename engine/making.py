@@ -1,7 +1,7 @@
 """Makes the commands of which there are several per task, in a third of the time that their own constructors take.
 
-A frozen dataclass sets each field through `object.__setattr__`; writing through the slots' own descriptors gives the same value. Every
-field must be set here, which a test compares with the constructors.
+A frozen dataclass sets each field through `object.__setattr__`; writing through the slots' own descriptors gives the same value.
+Every field must be set here, which a test compares with the constructors.
 """
 
 from __future__ import annotations

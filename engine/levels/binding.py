@@ -62,7 +62,7 @@ def _serve_kind(turn: Turn, kind: Kind) -> None:
 
 
 class Turns:
-    """Who is next among the room lines that are awake, in a lazy heap: inside a step ranks only grow, unless a line is woken anew."""
+    """Who is next among the room lines that are awake, in a lazy heap: inside a step ranks only grow, unless a line is woken."""
 
     __slots__ = ("_backlog", "_heap", "_order")
 

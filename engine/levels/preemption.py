@@ -1,7 +1,7 @@
 """Level 5, preemption: stop ordinary work for urgent work, only when the gain is larger than the loss.
 
-Gain: the waiting that an urgent task is saved, times its weight. Loss: the work that the stopped tasks lose, plus loading models again.
-A training keeps its checkpoint and loses little; a generation starts over. Victims go back to waiting, and no retry is used up.
+Gain: the waiting that an urgent task is saved, times its weight. Loss: the work that the stopped tasks lose, plus loading models
+again. A training keeps its checkpoint and loses little; a generation starts over. Victims wait again, and no retry is used up.
 """
 
 from __future__ import annotations

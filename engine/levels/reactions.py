@@ -64,17 +64,16 @@ def _ended(turn: Turn, task: Task) -> None:
         turn.tell(task, TaskState.PENDING, Reason.PREEMPTED)
         return
     cause = task.cause or (FailureCause.TIMED_OUT if task.stop_reason == Reason.RUN_LIMIT else FailureCause.CRASHED)
+    why = f"{cause}: {task.detail}" if task.detail else str(cause)
     if cause in NOT_RETRYABLE:
-        turn.tell(task, TaskState.DEAD, Reason.NOT_RETRYABLE, f"{cause}: {task.detail}")
+        turn.tell(task, TaskState.DEAD, Reason.NOT_RETRYABLE, why)
         return
     attempts = min(task.spec.max_attempts, turn.limits.attempts)
     if task.failures + 1 >= attempts:
-        turn.tell(
-            task, TaskState.DEAD, Reason.ATTEMPTS_USED, f"{cause} in the last of {attempts} attempts: {task.detail}"
-        )
+        turn.tell(task, TaskState.DEAD, Reason.ATTEMPTS_USED, f"in the last of {attempts} attempts: {why}")
         return
     wait = min(turn.limits.backoff_us << min(task.failures, 40), turn.limits.backoff_cap_us)
-    turn.tell(task, TaskState.BACKOFF, Reason.RETRY, f"{cause}: {task.detail}", turn.now + wait)
+    turn.tell(task, TaskState.BACKOFF, Reason.RETRY, why, turn.now + wait)
 
 
 def _pod_started(turn: Turn, pod: Pod) -> None:
