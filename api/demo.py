@@ -174,7 +174,16 @@ def _play(
 
 def _ask(client: GatewayClient, wish: Wish, model: str) -> None:
     parameters = {"prompt": wish.prompt, "seed": wish.seed, "steps": wish.steps, "guidance": 3.0}
-    job = submit(client, "GC", "text_to_image", parameters, model=model, priority=wish.priority, group=wish.group)
+    job = submit(
+        client,
+        "GC",
+        "text_to_image",
+        parameters,
+        model=model,
+        priority=wish.priority,
+        group=wish.group,
+        affinity="strict",
+    )
     wish.req_no = str(job["req_no"])
 
 

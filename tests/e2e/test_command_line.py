@@ -82,7 +82,8 @@ def test_a_job_that_crashes_its_pod_is_retried_and_then_goes_to_the_dead_letter(
     job = platform.json("jobs", "watch", _sleep(platform, seconds=0.1, steps=2, fail="crash"), code=1)
     assert job["state"] == "dead"
     assert job["attempt"] == 3
-    assert job["reason"] == "crashed"
+    assert job["reason"] == "attempts_used"
+    assert "crashed" in job["detail"]
 
 
 def test_why_names_what_is_missing_when_every_node_is_drained(platform) -> None:
