@@ -92,15 +92,22 @@ class Intake:
             while len(batch) < self._batch and (first := self._window.pop(self._clock_us())) is not None:
                 batch.append(first)
             self._metrics.window_waiting.set(len(self._window))
-            error = await asyncio.to_thread(self._put, [entry.item for entry in batch])
-            for entry in batch:
-                if entry.item.done.done():
-                    continue
-                if error is None:
-                    entry.item.done.set_result(None)
-                else:
-                    entry.item.done.set_exception(_queue_refusal(error))
-                    entry.item.done.exception()
+            error: BaseException | None = RuntimeError("the gateway is ending")
+            try:
+                error = await asyncio.to_thread(self._put, [entry.item for entry in batch])
+            finally:
+                self._answer(batch, error)
+
+    def _answer(self, batch: Sequence[Waiting[Submission]], error: BaseException | None) -> None:
+        for entry in batch:
+            done = entry.item.done
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(_queue_refusal(error))
+                done.exception()
 
     def _put(self, batch: Sequence[Submission]) -> Exception | None:
         messages = [Outgoing(entry.message_id, entry.body, entry.priority) for entry in batch]
@@ -122,7 +129,7 @@ def _window_full(scope: str) -> Refused:
     )
 
 
-def _queue_refusal(error: Exception) -> Refused:
+def _queue_refusal(error: BaseException) -> Refused:
     if isinstance(error, QueueRefused):
         return Refused(503, "queue_full", f"The queue refused the message: {error}.", headers={"Retry-After": "5"})
     full = isinstance(error, OSError) and error.errno == 28

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -13,6 +17,7 @@ from api.gateway import create_app
 from api.gateway.fake import GatewayFake
 from api.messages import decode
 from api.queue_sqlite import SqliteQueue
+from api.ss_queue import Outgoing
 
 
 @pytest.fixture
@@ -247,3 +252,38 @@ def test_messages_reach_the_embedded_queue_urgent_first_and_once(tmp_path: Path)
     queue.close()
     assert [message.req_no for message in taken] == [made[1]["req_no"], made[0]["req_no"], made[2]["req_no"]]
     assert {message.header.tenant for message in taken} == {"ana"}
+
+
+def test_what_arrives_while_the_queue_is_busy_enters_it_by_rank(gw: GatewayFake) -> None:
+    entered, released, working = threading.Event(), threading.Event(), gw.support.put_many
+
+    def slow(queue: str, messages: Sequence[Outgoing]) -> int:
+        entered.set()
+        assert released.wait(20)
+        return working(queue, messages)
+
+    gw.support.put_many = slow
+    window = gw.app.state.gateway.submissions._intake._window
+
+    async def scene() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=gw.app), base_url="http://gw") as client:
+
+            def submit(group: str, headers: dict[str, str], priority: int = 0) -> asyncio.Task[httpx.Response]:
+                body = {"method": "sleep", "parameters": {}, "group": group, "priority": priority}
+                return asyncio.create_task(client.post("/v1/jobs", json=body, headers=headers))
+
+            calls = [submit("first", gw.ana)]
+            assert await asyncio.to_thread(entered.wait, 20)
+            for number, (group, headers, priority) in enumerate(
+                [("a1", gw.ana, 0), ("a2", gw.ana, 0), ("a3", gw.ana, 0), ("b1", gw.bob, 0), ("urgent", gw.ana, 100)], 1
+            ):
+                calls.append(submit(group, headers, priority))
+                while len(window) < number:
+                    assert not calls[-1].done()
+                    await asyncio.sleep(0)
+            released.set()
+            assert {answer.status_code for answer in await asyncio.gather(*calls)} == {202}
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    order = [json.loads(message.body)["header"]["group"] for _, message in gw.support.messages]
+    assert order == ["first", "urgent", "a1", "b1", "a2", "a3"]
