@@ -38,7 +38,7 @@ config = SimulationConfig(
     nodes=2,
     gpus_per_node=4,
     rate_scale=8.0,
-    limit=None if full else 1_200,
+    limit=None if full else 1_000,
     synthetic_tasks=20_000,
     forecaster="online",
 )

@@ -33,8 +33,8 @@ def erlang_c(servers: int, load: float) -> float:
 
 def mean_and_error(play, make_engine, servers: int, load: float) -> tuple[float, float]:
     means = []
-    for seed in range(6):
-        metrics, _ = play(make_engine(), poisson_workload(4_000, load, servers, seed), gpus=servers)
+    for seed in range(5):
+        metrics, _ = play(make_engine(), poisson_workload(3_000, load, servers, seed), gpus=servers)
         means.append(metrics.summary().waiting["all"].mean)
     mean = sum(means) / len(means)
     spread = math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1))
