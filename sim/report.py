@@ -185,6 +185,9 @@ def _fairness_rows(results: Sequence[SimulationResult]) -> list[Row]:
         _row("hours of competition", results, lambda result: f"{result.summary.fairness['contended_hours']:.1f}"),
         _row("attempts started again", results, lambda result: f"{result.summary.counts.get('restarts', 0):,}"),
     ]
+    for text, key in (("nodes failed", "node_failures"), ("GPUs failed", "gpu_failures")):
+        if any(result.world.get(key) for result in results):
+            rows.append(_counted(text, results, key, _world))
     causes = sorted({cause for result in results for cause in result.summary.failures})
     for cause in causes:
         rows.append(_counted(f"failed: {cause}", results, cause, _failures))
