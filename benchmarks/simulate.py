@@ -125,7 +125,7 @@ def row_in_own_process(*options: str) -> dict[str, float | str]:
     """Run one row in a fresh interpreter and return what it measured."""
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), *options]
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
