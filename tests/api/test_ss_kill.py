@@ -21,6 +21,7 @@ import pytest
 from api.journal import read_journal
 from api.messages import encode_request, request_id
 from api.queue_sqlite import SqliteQueue
+from api.scheduler import LIMITS
 from api.ss_queue import REQUESTS, RESULTS, Outgoing
 from api.state_dir import StateDir
 from engine.commands import StartTask
@@ -84,9 +85,9 @@ class Asker:
             self.states[delivery.message_id] = json.loads(delivery.body)["body"]["parameters"]["state"]
         self.queue.ack(taken)
 
-    def collect_until(self, number: int, root: Path, deadline: float) -> None:
+    def collect_until(self, number: int, root: Path, deadline: float, scheduler: subprocess.Popen[bytes]) -> None:
         while len(self.deliveries) < number:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or scheduler.poll() is not None:
                 logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(root.glob("*.log")))
                 pytest.fail(f"{len(self.deliveries)} of {number} results came\n{logs}")
             self.collect(0.2)
@@ -105,12 +106,14 @@ def test_ten_kills_under_load_lose_nothing_and_double_nothing(tmp_path: Path) ->
             asker.ask(TASKS // KILLS)
             with part("scheduler", tmp_path, port) as scheduler:
                 # A few results after its start it is killed in the middle of its work, wherever that is.
-                asker.collect_until(len(asker.deliveries) + chance.randint(1, TASKS // KILLS // 2), tmp_path, deadline)
+                asker.collect_until(
+                    len(asker.deliveries) + chance.randint(1, TASKS // KILLS // 2), tmp_path, deadline, scheduler
+                )
                 asker.collect(chance.random() * 0.1)
                 scheduler.kill()
                 assert scheduler.wait(20) == -signal.SIGKILL, f"kill {kill}"
         with part("scheduler", tmp_path, port) as scheduler:
-            asker.collect_until(TASKS, tmp_path, deadline)
+            asker.collect_until(TASKS, tmp_path, deadline, scheduler)
             scheduler.terminate()
             assert scheduler.wait(30) == 0, (tmp_path / "scheduler.log").read_text()[-3000:]
     asker.collect(0.1)
@@ -132,4 +135,4 @@ def check_the_journal(root: Path) -> None:
     assert len(set(finished)) == len(finished) == TASKS, "no report was taken twice"
     assert len(set(ordered)) == len(ordered) == TASKS, "the node outlived every kill, so nothing was run twice"
     snapshot, tail = read_journal(StateDir(root).journal)
-    assert refold(snapshot, tail).digest() == refold(None, records).digest()
+    assert refold(snapshot, tail).digest() == refold(None, records, LIMITS).digest()
