@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 import logging
 import os
 import signal
@@ -29,13 +28,12 @@ from engine.protocol.agent import AgentMachine, Effect, KillPods, Life
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import NEVER, FailureCause, Micros
 from executors import ports, wire
+from executors.agent_items import item_of, pod_order, tail
 from executors.curve import KeyPair
 from executors.spool import Spool
 
 log = logging.getLogger(__name__)
 
-DETAIL_CHARS = 4096
-RESULT_BYTES = 48 * 1024
 USE_EVERY_S = 5.0
 _READ_AT_ONCE = 512
 _PR_SET_PDEATHSIG = 1
@@ -262,19 +260,19 @@ class NodeAgent:
         match effect:
             case m.CreatePod():
                 try:
-                    self._host.create(_pod_order(effect))
+                    self._host.create(pod_order(effect))
                 except Exception as error:
                     log.exception("pod %d could not be created", effect.pod)
-                    self.machine.report(now, m.PodDown(effect.pod, FailureCause.CRASHED, _tail(repr(error))))
+                    self.machine.report(now, m.PodDown(effect.pod, FailureCause.CRASHED, tail(repr(error))))
             case m.Dispatch():
                 key = m.attempt_key(effect)
                 try:
                     self._host.start(effect.pod, key[0], key[1], effect.parameters, effect.checkpoint, key[2])
                 except ValueError as error:
-                    self.machine.report(now, m.Failed(*key, FailureCause.BAD_INPUT, _tail(str(error))))
+                    self.machine.report(now, m.Failed(*key, FailureCause.BAD_INPUT, tail(str(error))))
                 except Exception as error:
                     log.exception("attempt %s could not be started", key)
-                    self.machine.report(now, m.Failed(*key, FailureCause.CRASHED, _tail(repr(error))))
+                    self.machine.report(now, m.Failed(*key, FailureCause.CRASHED, tail(repr(error))))
             case m.Kill():
                 self._host.stop(effect.req_no, effect.attempt, effect.grace_us, effect.keep_checkpoint)
             case m.DeletePod():
@@ -305,7 +303,7 @@ class NodeAgent:
                 progress = m.Progress(0, report.req_no, report.attempt, report.rank, report.done, report.total)
                 self.machine.progress(now, progress)
             else:
-                self.machine.report(now, _to_item(report))
+                self.machine.report(now, item_of(report))
 
     def _take_devices(self, now: Micros) -> None:
         with self._seen.lock:
@@ -405,58 +403,3 @@ def _register(poller: zmq.Poller, registered: set[int], filenos: Sequence[int]) 
         for fileno in wanted - registered:
             poller.register(fileno, zmq.POLLIN)
     return wanted
-
-
-def _pod_order(order: m.CreatePod) -> ports.PodOrder:
-    return ports.PodOrder(
-        order.pod,
-        order.method,
-        order.model,
-        order.gpus,
-        order.gpu_share,
-        order.gpu_memory_cap_bytes,
-        order.cpu_milli,
-        order.memory_bytes,
-        order.slots,
-    )
-
-
-def _to_item(report: ports.PodReport) -> m.Report:
-    match report:
-        case ports.PodUp():
-            return m.PodUp(report.pod, report.load_us)
-        case ports.PodDown():
-            return m.PodDown(report.pod, report.cause.value, _tail(report.detail))
-        case ports.AttemptStarted():
-            return m.Started(report.req_no, report.attempt, report.rank)
-        case ports.AttemptFinished():
-            return _done(report)
-        case ports.AttemptFailed():
-            return m.Failed(
-                report.req_no,
-                report.attempt,
-                report.rank,
-                report.cause.value,
-                _tail(report.detail),
-                report.peak_gpu_memory_bytes,
-            )
-        case ports.AttemptStopped():
-            return m.Stopped(report.req_no, report.attempt, report.rank, report.checkpoint)
-        case ports.AttemptProgressed():
-            raise AssertionError("progress is no item of the stream")
-
-
-def _done(report: ports.AttemptFinished) -> m.Done | m.Failed:
-    try:
-        result = json.dumps(report.result, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        detail = f"the result's description is no JSON: {error}"
-        return m.Failed(report.req_no, report.attempt, report.rank, FailureCause.BAD_INPUT, detail)
-    if len(result) > RESULT_BYTES:
-        detail = f"the result's description has {len(result)} characters, the limit is {RESULT_BYTES}; put content into files"
-        return m.Failed(report.req_no, report.attempt, report.rank, FailureCause.BAD_INPUT, detail)
-    return m.Done(report.req_no, report.attempt, report.rank, result, report.run_us, report.peak_gpu_memory_bytes)
-
-
-def _tail(text: str) -> str:
-    return text[-DETAIL_CHARS:]

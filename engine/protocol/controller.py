@@ -11,72 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from engine import commands as c
 from engine import events as e
 from engine.protocol import messages as m
 from engine.protocol.link import ExpectedAttempt, ExpectedPod, Link, Stage, create_order
+from engine.protocol.outside import NodeStatus, Outstanding, PayloadRefused, Payloads
+from engine.protocol.reports import event_of
 from engine.tasks import NEVER, SECOND, FailureCause, Micros
+
+__all__ = ["Controller", "NodeStatus", "Outstanding", "PayloadRefused", "Payloads"]
 
 LEASE_US: Micros = 10 * SECOND
 MARGIN_US: Micros = 3 * SECOND
 HEARTBEAT_US: Micros = 1 * SECOND
 SWEEP_US: Micros = 200_000
-
-
-class PayloadRefused(Exception):
-    """A body cannot be made: the attempt or Pod fails with this cause instead of being ordered."""
-
-    def __init__(self, cause: FailureCause, detail: str) -> None:
-        super().__init__(detail)
-        self.cause = cause
-        self.detail = detail
-
-
-class Payloads(Protocol):
-    """Supplies what the engine does not know: models and parameters, opaque to the protocol and JSON-able."""
-
-    def pod(self, command: c.CreatePod) -> dict[str, object]:
-        """Return the resolved model of a Pod; raises PayloadRefused."""
-        ...
-
-    def task(self, command: c.StartTask) -> dict[str, object]:
-        """Return the parameters of an attempt; raises PayloadRefused."""
-        ...
-
-    def prefetch(self, command: c.PrefetchModel) -> dict[str, object]:
-        """Return the resolved model to bring to a node's cache; raises PayloadRefused."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Outstanding:
-    """What a recovered engine believes to be under way. Nothing of it is known to have reached a node."""
-
-    nodes: tuple[str, ...] = ()
-    """Nodes it believes to be there."""
-    creates: tuple[c.CreatePod, ...] = ()
-    """Pods that are not gone."""
-    started: frozenset[int] = frozenset()
-    """Those of them whose PodStarted it has seen."""
-    starts: tuple[c.StartTask, ...] = ()
-    """Attempts that have not ended."""
-    deletes: tuple[c.DeletePod, ...] = ()
-    stops: tuple[c.StopTask, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """A node as monitoring sees it."""
-
-    name: str
-    stage: Stage
-    heard_at: Micros
-    running: int
-    progress: int
-    draining: bool
-    unsent_orders: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +57,7 @@ class Controller:
         self.dropped = 0
         """Messages of unknown or older sessions."""
         self.repeated = 0
-        """Reports of what had already ended."""
+        """Reports of what had already ended, and of kinds unknown here."""
         self._payloads = payloads
         self._lease_us, self._margin_us, self._heartbeat_us = lease_us, margin_us, heartbeat_us
         self._sweep_us = sweep_us
@@ -485,53 +434,12 @@ class Controller:
         number = link.reports.applied - len(fresh)
         for item in fresh:
             number += 1
-            event = self._event(link, item)
-            if event is not None:
+            event = event_of(link, item)
+            if event is None:
+                self.repeated += 1
+            else:
                 self._events.append(event)
+                if isinstance(event, e.PodStopped):
+                    self._pod_node.pop(event.pod, None)
             if number == link.carried_until:
                 self._maybe_announce(link)
-
-    def _event(self, link: Link, item: m.Report) -> e.Event | None:
-        """Return what a report means to the engine; None when what it speaks of has already ended."""
-        match item:
-            case m.Started():
-                if m.attempt_key(item) in link.attempts:
-                    return e.TaskStarted(item.req_no, item.attempt, item.rank)
-            case m.Done():
-                if link.attempts.pop(m.attempt_key(item), None) is not None:
-                    return e.TaskFinished(
-                        item.req_no, item.attempt, item.rank, item.result, item.run_us, item.peak_gpu_memory_bytes
-                    )
-            case m.Failed():
-                if link.attempts.pop(m.attempt_key(item), None) is not None:
-                    cause = _cause(item.cause)
-                    return e.TaskFailed(
-                        item.req_no, item.attempt, cause, item.rank, item.detail, item.peak_gpu_memory_bytes
-                    )
-            case m.Stopped():
-                if link.attempts.pop(m.attempt_key(item), None) is not None:
-                    return e.TaskStopped(item.req_no, item.attempt, item.rank, item.checkpoint)
-            case m.PodUp():
-                pod = link.pods.get(item.pod)
-                if pod is not None and not pod.started:
-                    pod.started = True
-                    return e.PodStarted(item.pod)
-            case m.PodDown():
-                if link.forget_pod(item.pod):
-                    self._pod_node.pop(item.pod, None)
-                    return e.PodStopped(item.pod, _cause(item.cause), item.detail)
-            case m.Devices():
-                return e.NodeReported(link.name, item.gpus, item.memory_used, item.busy_permille)
-            case m.UnknownItem():
-                self.dropped += 1
-                return None
-        self.repeated += 1
-        return None
-
-
-def _cause(text: str) -> FailureCause:
-    """Read a cause; one that a newer agent invented counts as a crash."""
-    try:
-        return FailureCause(text)
-    except ValueError:
-        return FailureCause.CRASHED

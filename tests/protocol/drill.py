@@ -98,7 +98,7 @@ class Plan:
             loss=(0.0, 0.01, 0.05, 0.25)[dice.whole(0, 3, "loss")],
             doubling=(0.0, 0.02, 0.2)[dice.whole(0, 2, "doubling")],
             delay_us=(1_000, 20_000, 400_000, 3 * SECOND)[dice.whole(0, 3, "delay")],
-            window_crash=(0.0, 0.0, 0.02)[dice.whole(0, 2, "window")],
+            window_crash=(0.0, 0.02, 0.1)[dice.whole(0, 2, "window")],
             faults=tuple(sorted(faults, key=lambda f: f.at)),
         )
 
@@ -368,7 +368,7 @@ class SimScheduler:
         commands = list(self.engine.step(now, events))
         invariants.check(self.engine.state)
         step = len(self.drill.disk)
-        wait = self.drill.dice.whole(500, 8_000, "fsync", self.epoch, step)
+        wait = 500 + int(self.drill.dice.draw("fsync", self.epoch, step) ** 3 * 60_000)
         crash = 0.0 if self.drill.calm else self.drill.plan.window_crash
         if self.drill.dice.draw("before", self.epoch, step) < crash / 2:
             self.drill.after(wait // 2, lambda: None if self.dead else self.drill.crash_scheduler(SECOND))

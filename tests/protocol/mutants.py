@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from engine.protocol import messages as m
@@ -156,6 +157,85 @@ def never_resend(patch: Any) -> None:
     patch.setattr(Sender, "rewind", lambda self: None)
 
 
+def acknowledge_what_was_heard_meanwhile(patch: Any) -> None:
+    """When the journal has a step, reports that came in after the step was taken are acknowledged as well."""
+
+    def generous(self: Controller) -> None:
+        for link in self._links.values():
+            if link.session and link.reports.applied > link.durable:
+                link.durable = link.reports.applied
+                self._send(link, m.DoneAck(link.session, self.epoch, link.durable))
+        self._taken.clear()
+
+    patch.setattr(Controller, "durable", generous)
+
+
+def forget_which_pods_had_started(patch: Any) -> None:
+    """A restarted scheduler takes every Pod for one that is still being created."""
+    restore = Controller.restore
+
+    def blank(self: Controller, now: int, outstanding: Any) -> None:
+        restore(self, now, replace(outstanding, started=frozenset()))
+
+    patch.setattr(Controller, "restore", blank)
+
+
+def come_back_before_the_pods_are_gone(patch: Any) -> None:
+    """A fenced agent says HELLO while its Pods are still dying."""
+    after = AgentMachine._after_pods_changed
+
+    def early(self: AgentMachine, now: int) -> None:
+        if self.life is Life.FENCING:
+            self.pods.clear()
+        after(self, now)
+
+    patch.setattr(AgentMachine, "_after_pods_changed", early)
+
+
+def obey_while_seeking(patch: Any) -> None:
+    """An agent carries out orders of its last session after it said HELLO."""
+    receive = AgentMachine.receive
+
+    def obedient(self: AgentMachine, now: int, message: Any) -> None:
+        if self.life is Life.SEEKING and isinstance(message, m.Orders) and message.session == self._session:
+            self._judge_lease(now)
+            self._ordered(now, message)
+            return
+        receive(self, now, message)
+
+    patch.setattr(AgentMachine, "receive", obedient)
+
+
+def dispatch_again_whatever_the_node_says(patch: Any) -> None:
+    """After a HELLO everything in the ledger is ordered again, and the agent does not look whether it has it."""
+    reorder = Link.reorder
+
+    def all_again(self: Link) -> Any:
+        if self.hello is not None:
+            self.hello = replace(self.hello, running=(), spooled=())
+        return reorder(self)
+
+    def credulous(self: AgentMachine, order: m.Dispatch) -> None:
+        self.attempts[m.attempt_key(order)] = order.pod
+        self._taken[order.pod] = self._taken.get(order.pod, 0) + 1
+        self._effects.append(order)
+
+    patch.setattr(Link, "reorder", all_again)
+    patch.setattr(AgentMachine, "_dispatch", credulous)
+
+
+def come_back_under_the_same_boot(patch: Any) -> None:
+    """A fenced agent does not tell that it started over."""
+    reborn = AgentMachine._reborn
+
+    def unchanged(self: AgentMachine, now: int) -> None:
+        boot = self.boot
+        reborn(self, now)
+        self.boot = boot
+
+    patch.setattr(AgentMachine, "_reborn", unchanged)
+
+
 MUTANTS: tuple[Patch, ...] = (
     acknowledge_before_the_journal,
     never_fence,
@@ -169,4 +249,10 @@ MUTANTS: tuple[Patch, ...] = (
     forget_after_a_restart,
     drop_results_in_a_crash,
     never_resend,
+    acknowledge_what_was_heard_meanwhile,
+    forget_which_pods_had_started,
+    come_back_before_the_pods_are_gone,
+    obey_while_seeking,
+    dispatch_again_whatever_the_node_says,
+    come_back_under_the_same_boot,
 )

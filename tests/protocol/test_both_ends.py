@@ -256,6 +256,19 @@ def test_a_restarted_scheduler_waits_for_lease_and_margin_before_it_gives_silent
     assert [type(event) for event in sm.take_events()] == [e.NodeLost]
 
 
+def test_a_node_whose_loss_is_not_taken_yet_is_not_welcomed_and_then_fenced() -> None:
+    pair = Pair().running()
+    pair.sm = Controller(2, pair.bodies)
+    pair.sm.restore(pair.now, Outstanding(("n",), (CREATE,), frozenset({1}), (START,)))
+    pair.sm.tick(pair.now + LEASE_US + 2 * MARGIN_US)
+    hello = m.Hello(1, 1, SPEC, 1, 2, 9, (1,), (), (("r", 1, 0),))
+    pair.sm.receive(pair.now, "p", hello)
+    assert pair.sm.take_outgoing(pair.now) == []
+    assert [type(event) for event in pair.sm.take_events()] == [e.NodeLost]
+    pair.sm.receive(pair.now, "p", hello)
+    assert [type(message) for _, message in pair.sm.take_outgoing(pair.now)] == [m.Fence]
+
+
 def test_a_node_with_pods_nobody_knows_is_fenced() -> None:
     pair = Pair().running()
     pair.sm = Controller(2, pair.bodies)
