@@ -139,6 +139,8 @@ class Backlog:
         self.parked: Parked = {}
         """Tenant -> lines in which tasks of it may be parked."""
         self.idle: dict[int, Pod] = {}
+        self.overdue: dict[int, Pod] = {}
+        """Pods that are idle for too long, by their number."""
         self.idle_version = 0
         self.urgent = 0
         """Urgent tasks in lines."""
@@ -178,6 +180,7 @@ class Backlog:
         self.open_rooms.clear()
         self.parked.clear()
         self.idle.clear()
+        self.overdue.clear()
         self.by_model.clear()
         self.ages.clear()
         self.timers = Timers()
@@ -188,7 +191,7 @@ class Backlog:
             pod.warm, pod.offered, pod.check_at = None, -1, NEVER
             pod.look_at_devices()
             self.pod_changed(pod)
-            self.timers.watch_pod(pod, state.now + 1)
+            self.timers.watch_pod(pod, state.now)
         for group in state.groups.values():
             group.waiting.clear()
         for task in state.tasks.values():

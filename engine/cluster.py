@@ -221,13 +221,17 @@ class Cluster:
                 self.put(node)
 
     def _move(self, node: Node, grants: Sequence[GpuGrant], demand: Demand, sign: int) -> None:
+        self.suppose(node, grants, demand, sign)
+        self.put(node)
+
+    def suppose(self, node: Node, grants: Sequence[GpuGrant], demand: Demand, sign: int) -> None:
+        """Give back (1) or take (-1) in a node's plain values only: for plans about one node, which undo it before they return."""
         for column, amount in self.amounts(demand):
             node.free[column] += sign * amount
         for grant in grants:
             gpu = node.by_uuid[grant.uuid]
             gpu.share_free += sign * grant.share
             gpu.memory_free += sign * grant.memory_bytes
-        self.put(node)
 
     def remember_model(self, node: Node, model: str, most: int) -> None:
         """Note that a node's cache probably holds a model now; of more than `most` the least used is forgotten."""

@@ -54,7 +54,7 @@ class Tenant(Account):
 class Group(Account):
     """Tasks of one tenant that belong together and go to one Node."""
 
-    __slots__ = ("live", "name", "node", "pending", "seq", "tenant", "waiting")
+    __slots__ = ("live", "name", "node", "pending", "placed", "seq", "tenant", "waiting")
 
     def __init__(self, tenant: Tenant, name: str, seq: int) -> None:
         super().__init__()
@@ -65,6 +65,8 @@ class Group(Account):
         self.live = 0
         """Tasks that are not terminal."""
         self.pending = 0
+        self.placed = 0
+        """Tasks in BOUND, STARTING, RUNNING or STOPPING."""
         # derived
         self.waiting: dict[str, Task] = {}
         """Bound-to-be-together tasks (strict, exclusive) that are in a waiting line."""

@@ -16,6 +16,7 @@ from engine.fold_tasks import (
     move,
     release_ranks,
     settle,
+    unplace,
 )
 from engine.lifecycle import PodCause, TaskCause, next_pod_state
 from engine.reasons import Reason
@@ -100,8 +101,7 @@ def _pending(state: State, task: Task, now: Micros, c: Notify) -> None:
         move(task, TaskCause.REQUEUE)
         release_ranks(state, task, now)
         settle(task, 0)
-        task.tenant.running -= 1
-        state.watch.tenant_changed(task.tenant)
+        unplace(state, task)
         count_pending(state, task)
     elif task.state is TaskState.BACKOFF:
         move(task, TaskCause.REQUEUE)

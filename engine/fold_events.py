@@ -19,6 +19,7 @@ from engine.fold_tasks import (
     revive_group,
     settle,
     unbind_group,
+    unplace,
 )
 from engine.lifecycle import PodCause, TaskCause, next_pod_state
 from engine.tasks import FailureCause, Micros, PodState, TaskState
@@ -332,9 +333,7 @@ def task_finished(state: State, now: Micros, e: ev.TaskFinished) -> None:
         return
     move(task, TaskCause.FINISH)
     settle(task, e.run_us or (now - task.started_at if task.started_at else 0))
-    task.tenant.running -= 1
-    if task.tenant.max_running:
-        state.watch.tenant_changed(task.tenant)
+    unplace(state, task)
     task.pods = []
     state.agenda.append((agenda.FINISHED, task))
     forget_in_time(state, task, now)

@@ -66,6 +66,18 @@ def settle(task: Task, run_us: Micros) -> None:
         task.group.spend(more)
 
 
+def unplace(state: State, task: Task) -> None:
+    """Count a task as placed no more; an exclusive group without a placed task leaves its node to others."""
+    tenant, group = task.tenant, task.group
+    tenant.running -= 1
+    if tenant.max_running:
+        state.watch.tenant_changed(tenant)
+    if group is not None:
+        group.placed -= 1
+        if not group.placed and group.node is not None and group.node.exclusive is group:
+            unbind_group(state, group)
+
+
 def begin_attempt(state: State, task: Task, attempt: int) -> None:
     """Take a task out of the queue for an attempt."""
     task.attempt = attempt
@@ -77,6 +89,8 @@ def begin_attempt(state: State, task: Task, attempt: int) -> None:
     task.started_at = task.ordered_at = 0
     uncount_pending(state, task)
     task.tenant.running += 1
+    if task.group is not None:
+        task.group.placed += 1
     charge(state, task)
     if state.claims and task.req_no in state.claims:
         drop_claim(state, state.claims[task.req_no])
@@ -175,9 +189,7 @@ def end_attempt(state: State, task: Task, now: Micros) -> None:
     release_ranks(state, task, now)
     task.live = 0
     settle(task, now - task.started_at if task.started_at else 0)
-    task.tenant.running -= 1
-    if task.tenant.max_running:
-        state.watch.tenant_changed(task.tenant)
+    unplace(state, task)
     task.pending_since = now
     count_pending(state, task)
     state.agenda.append((agenda.ENDED, task))
@@ -202,8 +214,7 @@ def leave_for_good(state: State, task: Task, now: Micros, cause: TaskCause) -> N
     if was is TaskState.BOUND:
         release_ranks(state, task, now)
         settle(task, 0)
-        task.tenant.running -= 1
-        state.watch.tenant_changed(task.tenant)
+        unplace(state, task)
     elif task.admitted:
         uncount_pending(state, task)
         if was is TaskState.PENDING:
@@ -230,8 +241,6 @@ def forget_in_time(state: State, task: Task, now: Micros) -> None:
     group.live -= 1
     if group.live:
         return
-    if group.node is not None and group.node.exclusive is group:
-        unbind_group(state, group)
     key = (group.tenant.name, group.name)
     state.idle_groups[key] = None
     if len(state.idle_groups) > state.limits.groups:

@@ -164,6 +164,8 @@ def _groups(state: State) -> list[str]:
         mine = [t for t in live if t.group is group]
         if group.live != len(mine):
             wrong.append(f"group {tenant}/{name}: live is {group.live}, {len(mine)} live")
+        if group.placed != sum(1 for t in mine if t.state in _PLACED):
+            wrong.append(f"group {tenant}/{name}: placed is {group.placed}")
         if group.pending != sum(1 for t in mine if t.admitted and t.state in (TaskState.PENDING, TaskState.BACKOFF)):
             wrong.append(f"group {tenant}/{name}: pending is {group.pending}")
         if group.node is not None and group.node.groups.get(group.seq) is not group:

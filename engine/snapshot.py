@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _COUNTERS = ("now", "next_pod", "next_seq", "next_tenant", "next_group", "floor", "wanted_nodes", "pending", "deployed")
 _TENANT = ("seq", "weight", "max_pending", "max_running", "pending", "running", "vtime", "credit", "floor")
-_GROUP = ("seq", "live", "pending", "vtime", "credit")
+_GROUP = ("seq", "live", "pending", "placed", "vtime", "credit")
 _GPU = ("uuid", "model", "memory_bytes", "healthy", "present", "drained", "share_free", "memory_free")
 _POD = ("number", "method", "model", "slots", "created_at", "idle_since", "stopping_since", "reason", "claimed_by")
 _TASK = (

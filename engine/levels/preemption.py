@@ -154,23 +154,21 @@ def _plan(
 ) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
     """Return the devices and the Pods that must go, idle ones first, then the cheapest victims."""
     cluster = turn.state.cluster
-    version = cluster.version
     idle = [pod for pod in node.pods.values() if pod.number in turn.backlog.idle and not turn.is_kept(pod)]
     gone: list[Pod] = []
     grants: tuple[GpuGrant, ...] | None = None
     for pod in [*sorted(idle, key=lambda pod: (pod.idle_since, pod.number)), *(pod for _, _, pod in found)]:
-        cluster.release(node, pod.grants, pod.demand)
+        cluster.suppose(node, pod.grants, pod.demand, 1)
         gone.append(pod)
         if line.fit.fits(node):
             for spare in list(gone):
-                cluster.take(node, spare.grants, spare.demand)
+                cluster.suppose(node, spare.grants, spare.demand, -1)
                 if line.fit.fits(node):
                     gone.remove(spare)
                 else:
-                    cluster.release(node, spare.grants, spare.demand)
+                    cluster.suppose(node, spare.grants, spare.demand, 1)
             grants = pick_gpus(node, line.fit.demand)
             break
     for pod in gone:
-        cluster.take(node, pod.grants, pod.demand)
-    cluster.version = version
+        cluster.suppose(node, pod.grants, pod.demand, -1)
     return None if grants is None else (grants, gone)

@@ -38,7 +38,23 @@ def work_off_due(turn: Turn) -> None:
             _task_due(turn, item)
         else:
             _pod_due(turn, item)
+    _let_idle_go(turn)
     work_off(turn)
+
+
+def _let_idle_go(turn: Turn) -> None:
+    """Let Pods go that have been idle for too long; those that a deployment keeps are looked at again in every step."""
+    overdue = turn.backlog.overdue
+    for number in sorted(overdue):
+        pod = overdue[number]
+        if pod.tasks or pod.state not in (PodState.READY, PodState.IDLE):
+            del overdue[number]
+        elif pod.idle_since + turn.limits.idle_ttl_us > turn.now:
+            del overdue[number]
+            turn.backlog.timers.watch_pod(pod, pod.idle_since + turn.limits.idle_ttl_us)
+        elif not turn.is_kept(pod):
+            del overdue[number]
+            turn.delete(pod, Reason.IDLE)
 
 
 def _submitted(turn: Turn, task: Task) -> None:
@@ -179,13 +195,11 @@ def _pod_due(turn: Turn, pod: Pod) -> None:
     due: list[Micros] = []
     if pod.state is PodState.CREATING:
         due.append(pod.created_at + limits.pod_start_us)
-    elif not pod.tasks and not turn.is_kept(pod):
-        if pod.idle_since + limits.idle_ttl_us <= now:
-            turn.delete(pod, Reason.IDLE)
-            return
-        due.append(pod.idle_since + limits.idle_ttl_us)
     elif not pod.tasks:
-        turn.backlog.timers.watch_pod(pod, now + limits.idle_ttl_us)
+        if pod.idle_since + limits.idle_ttl_us <= now:
+            turn.backlog.overdue[pod.number] = pod
+        else:
+            due.append(pod.idle_since + limits.idle_ttl_us)
     for req_no in list(pod.tasks):
         task = state.tasks[req_no]
         if task.state is TaskState.STARTING:

@@ -68,7 +68,6 @@ def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tupl
 
 def _try_node(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
     cluster, demand = turn.state.cluster, line.fit.demand
-    version = cluster.version
     idle = sorted(
         (p for p in node.pods.values() if p.number in turn.backlog.idle), key=lambda p: (p.idle_since, p.number)
     )
@@ -77,20 +76,19 @@ def _try_node(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, .
     for pod in idle:
         if turn.is_kept(pod, victims):
             continue
-        cluster.release(node, pod.grants, pod.demand)
+        cluster.suppose(node, pod.grants, pod.demand, 1)
         victims.append(pod)
         if line.fit.fits(node):
             for spare in list(victims):
-                cluster.take(node, spare.grants, spare.demand)
+                cluster.suppose(node, spare.grants, spare.demand, -1)
                 if line.fit.fits(node):
                     victims.remove(spare)
                 else:
-                    cluster.release(node, spare.grants, spare.demand)
+                    cluster.suppose(node, spare.grants, spare.demand, 1)
             grants = pick_gpus(node, demand)
             break
     for pod in victims:
-        cluster.take(node, pod.grants, pod.demand)
-    cluster.version = version
+        cluster.suppose(node, pod.grants, pod.demand, -1)
     return None if grants is None else (grants, victims)
 
 
@@ -100,11 +98,9 @@ def _try_empty(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, 
     if any(p.number not in turn.backlog.idle or turn.is_kept(p, [v for v in victims if v is not p]) for p in victims):
         return None
     cluster = turn.state.cluster
-    version = cluster.version
     for pod in victims:
-        cluster.release(node, pod.grants, pod.demand)
+        cluster.suppose(node, pod.grants, pod.demand, 1)
     grants = pick_gpus(node, line.fit.demand) if line.fit.fits(node) else None
     for pod in victims:
-        cluster.take(node, pod.grants, pod.demand)
-    cluster.version = version
+        cluster.suppose(node, pod.grants, pod.demand, -1)
     return None if grants is None else (grants, victims)

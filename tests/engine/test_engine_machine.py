@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine import events as ev
 from engine import invariants, profiles
 from engine.commands import CreatePod, DeletePod, Notify, StartTask, StopTask
+from engine.fit import possible
 from engine.journal import MemoryJournal
 from engine.limits import Limits
 from engine.replay import recover, replay
@@ -333,8 +334,13 @@ class AdversarialWorld(RuleBasedStateMachine):
             self.outbox.append(ev.NodeJoined(spec))
         self.outbox += [ev.TenantConfigured(f"tenant{i}") for i in range(3)]
         self.outbox += [ev.ModelUndeployed(f"m{i}", "sleep") for i in (1, 2)]
-        for _ in range(400):
+        for turn in range(400):
             self.step(5 * SECOND)
+            if turn == 200:  # what became impossible when hardware was taken out is given up by its customers
+                cluster = self.engine.state.cluster
+                live = [t.spec for t in self.engine.state.live_tasks()]
+                given_up = [s for s in live if not possible(cluster, s.demand, s.members)]
+                self.outbox += [ev.TaskCancelRequested(s.req_no) for s in given_up]
             invariants.check(self.engine.state)
             state = self.engine.state
             for number, pod in list(state.pods.items()):
