@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from api.settings import GatewaySection, Settings
+from api.settings import GatewaySection, Settings, TenantSection
 from api.state_dir import StateDir, write_private
 
 if TYPE_CHECKING:
@@ -40,8 +40,15 @@ def gateway_config(settings: Settings) -> GatewayConfig:
     submits = RatePolicy(per_minute=max(int(section.rate_per_second * 60), 1), burst=section.burst)
     reads = RatePolicy(per_minute=submits.per_minute * 10, burst=submits.burst * 10)
 
-    def policy(weight: int) -> TenantPolicy:
-        return TenantPolicy(weight=weight, submits=submits, reads=reads, concurrency=section.max_concurrent)
+    def policy(tenant: TenantSection) -> TenantPolicy:
+        return TenantPolicy(
+            weight=tenant.weight,
+            submits=submits,
+            reads=reads,
+            concurrency=section.max_concurrent,
+            max_priority=tenant.max_priority,
+            max_deployed_pods=tenant.max_deployed_pods,
+        )
 
     public = [settings.default_model, "tiny"]
     if settings.models_dir is not None:
@@ -53,8 +60,8 @@ def gateway_config(settings: Settings) -> GatewayConfig:
         signing_secrets=(SecretStr(StateDir(settings.state_dir).secret(LINK_SECRET)),),
         public_url=section.public_url,
         jwt=_jwt(section),
-        tenants={name: policy(tenant.weight) for name, tenant in settings.tenants.items()},
-        default_tenant=policy(1),
+        tenants={name: policy(tenant) for name, tenant in settings.tenants.items()},
+        default_tenant=policy(TenantSection()),
         default_model=settings.default_model,
         public_models=tuple(dict.fromkeys(public)),
         max_upload_bytes=section.max_body_bytes,

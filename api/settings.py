@@ -121,6 +121,10 @@ class TenantSection(_Section):
     """Waiting tasks at most."""
     max_running: int = Field(0, ge=0)
     """Running tasks at most."""
+    max_priority: int = Field(1000, ge=-1000, le=1000)
+    """Highest priority the tenant may ask for; 100 and above is urgent."""
+    max_deployed_pods: int = Field(4, ge=0, le=1000)
+    """Warm Pods the tenant may keep deployed."""
 
 
 class Settings(BaseSettings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ def up(
     devices: Annotated[str | None, typer.Option(help="auto, nvml, cpu:N or file:PATH.")] = None,
     host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any free one.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run the whole platform on this machine until Ctrl-C; it comes back with everything it had accepted.
 
@@ -47,6 +49,9 @@ def up(
         supervisor.start()
         err.print(f"\n[bold]the gateway listens on {settings.gateway_url()}[/bold]")
         err.print(f"operator key: {settings.state_dir / 'operator.key'}   Ctrl-C stops everything\n")
+        if as_json:
+            print_json({"url": settings.gateway_url(), "operator_key_file": str(settings.state_dir / "operator.key")})
+            sys.stdout.flush()
         supervisor.watch()
     except PartFailed as error:
         supervisor.stop()
