@@ -75,6 +75,7 @@ class SupportCore:
         self._folded = Folded()
         self._free_checked_at = 0.0
         self._disk_low = False
+        self._disk_lock = threading.Lock()
         self.counters = {
             "accepted": 0,
             "duplicate": 0,
@@ -123,12 +124,13 @@ class SupportCore:
 
     def disk_low(self) -> bool:
         """Tell whether less than `MIN_FREE_SHARE` of the disk is free; looked at once a second."""
-        now = time.monotonic()
-        if now - self._free_checked_at >= 1.0:
-            self._free_checked_at = now
-            usage = shutil.disk_usage(self.journal.path.parent)
-            self._disk_low = usage.free < usage.total * MIN_FREE_SHARE
-        return self._disk_low
+        with self._disk_lock:
+            now = time.monotonic()
+            if now - self._free_checked_at >= 1.0:
+                self._free_checked_at = now
+                usage = shutil.disk_usage(self.journal.path.parent)
+                self._disk_low = usage.free < usage.total * MIN_FREE_SHARE
+            return self._disk_low
 
     # --- in the loop, around each commit --------------------------------------------------------------------------------
 

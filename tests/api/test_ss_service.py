@@ -450,13 +450,15 @@ def test_requests_wait_in_the_queue_while_too_much_is_under_way(tmp_path: Path) 
 def test_a_nearly_full_disk_accepts_nothing_new(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     core = platform.scheduler.core
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=100, free=4))
-    core._free_checked_at = 0.0
+    with core._disk_lock:
+        core._free_checked_at = 0.0
     assert core.busy()
     waiting = platform.ask()
     assert platform.call(lambda: platform.support.job("acme", waiting)).state == "queued"
     assert not platform.call(platform.support.health)["modules"]["disk"]["ok"]
     monkeypatch.undo()
-    core._free_checked_at = 0.0
+    with core._disk_lock:
+        core._free_checked_at = 0.0
     assert platform.result(waiting)["state"] == "finished"
 
 
