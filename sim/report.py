@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,9 @@ def write_html(results: SimulationResult | Sequence[SimulationResult], path: Pat
     from sim import plots
 
     runs = list(results) if isinstance(results, Sequence) else [results]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sim", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.jinja").render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = resources.files("sim").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
         title=_title(runs),
         runs=runs,
         profiles=[run.profile for run in runs],
