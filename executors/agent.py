@@ -228,6 +228,11 @@ class NodeAgent:
                 return
             except wire.WireError as error:
                 log.warning("a frame from the scheduler was dropped: %s", error)
+                nack = m.Nack(
+                    0, error.tag, m.NackReason.UNKNOWN if error.tag else m.NackReason.MALFORMED, str(error)[:200]
+                )
+                for data in wire.encode(nack):
+                    dealer.send(data, zmq.NOBLOCK)
                 continue
             if isinstance(message, m.Hello | m.Heartbeat | m.Reports | m.Credit | m.Progress | m.Drain | m.Bye):
                 continue

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _READ_AT_ONCE = 512
 _PEERS_KEPT = 8192
 _IDLE_MS = 200
+_RECHECK_US = 1_000_000
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"aigc"
 
@@ -122,7 +123,9 @@ class ZmqWorld:
         self._unsent = False
         self._closing = False
         self._failure: BaseException | None = None
-        self._keys_of: dict[bytes, str] = {}
+        self._speakers: dict[bytes, str] = {}
+        """Connections that spoke for a node, and the keys they were let in with."""
+        self._recheck_at: Micros = 0
         self._context = zmq.Context()
         self._zap = self._context.socket(zmq.REP)
         self._zap.linger = 0
@@ -297,6 +300,9 @@ class ZmqWorld:
                     self._bell.set()
             for peer, reply in out:
                 self._send(peer, reply)
+            if now >= self._recheck_at:
+                self._recheck_at = now + _RECHECK_US
+                self._shut_out()
             if self._closing:
                 return
 
@@ -343,12 +349,24 @@ class ZmqWorld:
         """Bind the connection to the node whose key it was authenticated with."""
         key = str(part.get("User-Id"))
         if self._allowed.node_of(key) == hello.node.name:
+            self._speakers.pop(routing_id, None)
+            self._speakers[routing_id] = key
+            if len(self._speakers) > _PEERS_KEPT:
+                del self._speakers[next(iter(self._speakers))]
             return True
         self.refused_messages += 1
         log.warning("a HELLO for node %s came with a key that may not speak for it", hello.node.name)
         detail = f"this key may not speak for node {hello.node.name}; add its public key as {hello.node.name}.pub"
         self._send(routing_id.hex(), m.Nack(0, hello.n, m.NackReason.MALFORMED, detail))
         return False
+
+    def _shut_out(self) -> None:
+        """Cut off the nodes whose key was taken away; their lease runs out on both sides."""
+        for routing_id, key in list(self._speakers.items()):
+            if self._allowed.node_of(key) is None:
+                del self._speakers[routing_id]
+                with self._lock:
+                    self._controller.peer_gone(routing_id.hex())
 
     def _send(self, peer: str, message: m.FromScheduler) -> None:
         routing_id = bytes.fromhex(peer)
@@ -360,6 +378,7 @@ class ZmqWorld:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
+            self._speakers.pop(routing_id, None)
             with self._lock:
                 self._controller.peer_gone(peer)
 

@@ -133,6 +133,14 @@ def test_a_node_is_let_in_as_soon_as_its_key_is_added(site: Site) -> None:
         assert joined.node.name == "late"
 
 
+def test_a_node_whose_key_is_taken_away_is_lost_and_stays_out(site: Site) -> None:
+    with site.world() as world, site.agent(site.options(world.endpoint)) as (agent, _):
+        until(world, of(e.NodeJoined))
+        (site.root / "authorized" / "node-0.pub").unlink()
+        until(world, of(e.NodeLost))
+        poll_until(lambda: "may not speak" in agent.machine.refusal)
+
+
 def test_garbage_from_an_authenticated_peer_is_answered_and_hurts_nobody(site: Site) -> None:
     pair = curve.load(site.root / "node-0.key")
     with site.world() as world:
