@@ -16,12 +16,17 @@ def settings_of(root: Path, port: int, slots: int = 8) -> Settings:
     return Settings(
         state_dir=root,
         scheduler=SchedulerSection(
-            profile="fifo", bind=f"tcp://127.0.0.1:{port}", internal_port=0, forecaster="online", lease_ms=120_000, heartbeat_ms=200,
+            profile="fifo",
+            bind=f"tcp://127.0.0.1:{port}",
+            internal_port=0,
+            forecaster="online",
+            lease_ms=120_000,
+            heartbeat_ms=200,
             snapshot_every=100,
         ),
         agent=AgentSection(connect=f"tcp://127.0.0.1:{port}", name=NODE, devices="cpu:2"),
         methods={"sleep": MethodSection(slots=slots)},
-    )  # fmt: skip
+    )
 
 
 def run_scheduler(settings: Settings) -> int:

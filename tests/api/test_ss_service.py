@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import uuid
@@ -27,6 +28,7 @@ from engine import profiles
 from engine.limits import Limits
 from engine.resources import Demand
 from engine.scheduler import Engine
+from executors.dfs import open_store
 
 METHODS = {
     "sleep": MethodDefaults(Demand(gpus=1), slots=4),
@@ -41,6 +43,7 @@ class Platform:
     def __init__(self, root: Path, **drill: Any) -> None:
         self.root = root
         self.drill = {"nodes": 1, "gpus": 2, **drill}
+        self.files = open_store("memory://")
         self.start()
 
     def start(self) -> None:
@@ -51,6 +54,7 @@ class Platform:
             methods=METHODS,
             limits=Limits(backoff_us=1_000),
             models=[Model("tiny", "builtin")],
+            files=self.files,
         )
         self.scheduler = Scheduler(config)
         self.queue = self.scheduler.queue
@@ -306,6 +310,9 @@ def test_a_finished_training_becomes_a_model_that_generation_uses(platform: Plat
     model_id = platform.result(req_no)["result"]["model"]
     model = platform.call(lambda: platform.support.model("acme", model_id))
     assert (model.kind, model.base, model.source_req_no, model.tenant) == ("lora", "tiny", req_no, "acme")
+    manifest = platform.scheduler.store.model(model_id).manifest
+    kept = b"".join(platform.files.read(hashlib.sha256(manifest).hexdigest()))
+    assert json.loads(kept)["model_id"] == model_id, "the file store describes its models itself"
     with pytest.raises(SupportRefused):
         platform.call(lambda: platform.support.model("other", model_id))
     assert [m.model_id for m in platform.call(lambda: platform.support.models("acme"))] == ["tiny", model_id]
@@ -411,6 +418,42 @@ def test_queue_and_health_are_shown(platform: Platform) -> None:
     assert shown["support"]["accepted"] == 1
     health = platform.call(platform.support.health)
     assert health["ready"], health
+
+
+def test_a_result_sent_but_not_marked_is_sent_again_and_dropped_by_the_queue(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    read = platform.ask()
+    platform.results(1)
+    unread = platform.ask()
+    platform.job_when(unread, {"finished"})
+    platform.scheduler.core.intake.stop()
+    platform.scheduler.loop.stop()
+    platform.scheduler.core.mail.stop()
+    with platform.scheduler.journal.transaction() as db:
+        db.execute("UPDATE outbox SET sent = 0")  # as if the process had died before each mark
+    platform.scheduler.core.mail.sent.clear()
+    platform.stop()
+    platform.start()
+    last = platform.ask()
+    assert set(platform.results(2)) == {f"acme/{unread}", f"acme/{last}"}, f"{read} had been read already"
+    platform.stop()
+
+
+def test_a_request_journaled_but_not_acknowledged_is_recognised(tmp_path: Path) -> None:
+    platform = Platform(tmp_path)
+    queue = platform.queue
+    forget = queue.ack
+    queue.ack = lambda deliveries: 0  # type: ignore[method-assign]
+    req_no = platform.ask()
+    platform.job_when(req_no, {"finished"})
+    platform.stop()
+    queue.ack = forget  # type: ignore[method-assign]
+    platform.start()
+    last = platform.ask()
+    assert set(platform.results(2)) == {f"acme/{req_no}", f"acme/{last}"}
+    assert platform.scheduler.core.counters["duplicate"] == 1
+    assert platform.scheduler.core.counters["accepted"] == 1
+    platform.stop()
 
 
 def test_a_storage_failure_ends_the_scheduler_and_the_next_one_goes_on(tmp_path: Path) -> None:
