@@ -214,11 +214,8 @@ class NodeAgent:
             if self._refusal:
                 log.error("the scheduler at %s refused this node: %s", self._options.connect, self._refusal)
         for message in self.machine.take_outgoing(now):
-            for data in wire.encode(message):
-                try:
-                    dealer.send(data, zmq.NOBLOCK)
-                except zmq.Again:
-                    return  # Not connected, or the queue is full: what matters is sent again.
+            if not _offer(dealer, message):
+                return
 
     def _read(self, dealer: zmq.Socket[bytes]) -> Iterator[m.FromScheduler]:
         for _ in range(_READ_AT_ONCE):
@@ -228,11 +225,8 @@ class NodeAgent:
                 return
             except wire.WireError as error:
                 log.warning("a frame from the scheduler was dropped: %s", error)
-                nack = m.Nack(
-                    0, error.tag, m.NackReason.UNKNOWN if error.tag else m.NackReason.MALFORMED, str(error)[:200]
-                )
-                for data in wire.encode(nack):
-                    dealer.send(data, zmq.NOBLOCK)
+                reason = m.NackReason.UNKNOWN if error.tag else m.NackReason.MALFORMED
+                _offer(dealer, m.Nack(0, error.tag, reason, str(error)[:200]))
                 continue
             if isinstance(message, m.Hello | m.Heartbeat | m.Reports | m.Credit | m.Progress | m.Drain | m.Bye):
                 continue
@@ -398,6 +392,16 @@ def _owned(state_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RuntimeError(f"{state_dir}: another agent uses this state directory; give each its own") from None
         yield
+
+
+def _offer(dealer: zmq.Socket[bytes], message: m.FromNode) -> bool:
+    """Send without waiting; False when there is no connection or no room. What matters is sent again."""
+    try:
+        for data in wire.encode(message):
+            dealer.send(data, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
 
 
 def _register(poller: zmq.Poller, registered: set[int], filenos: Sequence[int]) -> set[int]:
