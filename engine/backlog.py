@@ -6,6 +6,7 @@ which nothing is free sleep, and cost nothing however long they are; what become
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
@@ -142,6 +143,9 @@ class Backlog:
         self.overdue: dict[int, Pod] = {}
         """Pods that are idle for too long, by their number."""
         self.idle_version = 0
+        """Grows when a Pod becomes idle."""
+        self._oldest: list[Pod] = []
+        self._oldest_version = -1
         self.urgent = 0
         """Urgent tasks in lines."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
@@ -181,6 +185,7 @@ class Backlog:
         self.parked.clear()
         self.idle.clear()
         self.overdue.clear()
+        self._oldest_version = -1
         self.by_model.clear()
         self.ages.clear()
         self.timers = Timers()
@@ -431,9 +436,15 @@ class Backlog:
         affinity = task.spec.affinity
         return affinity is not Affinity.NONE and (self.profile.group_affinity or affinity is not Affinity.PREFERRED)
 
-    def oldest_idle(self) -> list[Pod]:
-        """Return the idle Pods, the longest idle first."""
-        return sorted(self.idle.values(), key=lambda pod: (pod.idle_since, pod.number))
+    def oldest_idle(self) -> Iterator[Pod]:
+        """Yield the idle Pods, the longest idle first."""
+        if self._oldest_version != self.idle_version:
+            self._oldest = sorted(self.idle.values(), key=lambda pod: (pod.idle_since, pod.number))
+            self._oldest_version = self.idle_version
+        idle = self.idle
+        for pod in self._oldest:
+            if pod.number in idle:
+                yield pod
 
     def shape_of(self, task: Task) -> Shape:
         """Return what the task asks for."""

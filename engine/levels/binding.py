@@ -49,16 +49,20 @@ def place(turn: Turn) -> None:
 def _serve_kind(turn: Turn, kind: Kind) -> None:
     """Fill the free slots of one kind of warm Pods with whoever is next among its lines."""
     backlog, awake = turn.backlog, kind.awake
-    while awake and len(turn.commands) < turn.limits.commands_per_step:
-        best: tuple[Rank, Task, WarmLine] | None = None
+    most, commands = turn.limits.commands_per_step, turn.commands
+    while awake and len(commands) < most:
+        best: tuple[Rank, Task] | None = None
+        first: WarmLine | None = None
         for line in list(awake):
             head = line.head() if kind.offers(line.need) else None
             if head is None:
                 backlog.sleep(line)
+                if not awake:
+                    return
             elif best is None or head[0] < best[0]:
-                best = (head[0], head[1], line)
-        if best is not None and not _place_warm(turn, best[2], best[0], best[1]):
-            backlog.sleep(best[2])
+                best, first = head, line
+        if best is not None and first is not None and not _place_warm(turn, first, best[0], best[1]):
+            backlog.sleep(first)
 
 
 class Turns:

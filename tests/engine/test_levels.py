@@ -378,7 +378,7 @@ def test_a_deployed_model_keeps_its_pods_warm(desk: Any, task: Any, started: Any
     d.answer(d.step(ev.PodStopped(1)))
     assert sum(1 for p in d.engine.state.pods.values() if p.model == "m") == 2
     orders = d.step(ev.ModelUndeployed("m", "sleep"), after=30)
-    assert [c.reason for c in orders if isinstance(c, DeletePod)] == ["idle"]
+    assert [c.reason for c in orders if isinstance(c, DeletePod)] == ["idle", "idle"]
 
 
 def test_a_kept_pod_is_not_reclaimed(desk: Any, task: Any) -> None:
