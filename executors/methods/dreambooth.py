@@ -79,7 +79,10 @@ class _Training:
         return {**told, "learning_rate": self.rate, "size": self.size_px, "dtype": str(self.loaded.dtype)}
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Full training on a GPU computes in half precision over single precision weights."""
+        """Full training on a GPU computes in half precision over single precision weights.
+
+        To be entered anew for every forward pass: within one region autocast keeps half copies of weights that have changed since.
+        """
         if self.asked.method == "full" and self.loaded.dtype != torch.float32:
             return torch.autocast(self.loaded.device.type, dtype=self.loaded.dtype)
         return nullcontext()
@@ -133,10 +136,9 @@ class DreamBooth:
         kept = _keep(parameters, parts)
         try:
             training = _prepare(parameters, loaded, parts, context)
-            with training.precision():
-                if not _resume(training, context):
-                    _make_prior(training, context)
-                _train(training, context)
+            if not _resume(training, context):
+                _make_prior(training, context)
+            _train(training, context)
             return _finish(training, context)
         finally:
             _put_back(parts, kept, loaded.dtype)
@@ -241,14 +243,15 @@ def _make_prior(training: _Training, context: MethodContext) -> None:
         if context.should_stop():
             raise Cancelled
 
-    training.prior = prior.make(
-        training.loaded,
-        training.prior_prompts(),
-        seed=asked.seed,
-        guidance=float(training.loaded.defaults.get("guidance", USUAL_GUIDANCE)),
-        size_px=training.size_px,
-        before_step=before_step,
-    )
+    with training.precision():
+        training.prior = prior.make(
+            training.loaded,
+            training.prior_prompts(),
+            seed=asked.seed,
+            guidance=float(training.loaded.defaults.get("guidance", USUAL_GUIDANCE)),
+            size_px=training.size_px,
+            before_step=before_step,
+        )
 
 
 def _train(training: _Training, context: MethodContext) -> None:
@@ -258,7 +261,8 @@ def _train(training: _Training, context: MethodContext) -> None:
         if context.should_stop():
             training.save(folder)
             raise Cancelled(folder)
-        loss = _loss(training)
+        with training.precision():
+            loss = _loss(training)
         training.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         for group in training.optimizer.param_groups:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from executors.methods import checkpoints
+
 
 def save(
     path: Path, step: int, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, **facts: Any
@@ -18,8 +20,7 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
         tensors |= {f"module/{name}/{key}": value.detach().clone() for key, value in module.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value).clone() for key, value in slots.items()}
+    tensors |= checkpoints.optimizer_tensors(optimizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, str(partial), metadata={"step": str(step)})
@@ -38,11 +39,5 @@ def restore(path: Path, modules: dict[str, torch.nn.Module], optimizer: torch.op
         prefix = f"module/{name}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     if optimizer is not None:
-        state = optimizer.state_dict()
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, slot = key.split("/")
-                slots.setdefault(int(index), {})[slot] = value
-        optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+        checkpoints.restore_optimizer(optimizer, tensors)
     return int(json.loads(path.with_suffix(".json").read_text())["step"])

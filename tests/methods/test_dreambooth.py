@@ -278,6 +278,29 @@ def test_a_runaway_rate_is_named_as_the_cause(
         trainer(model_ref("sd")).run(asked(subject_files, prior_preservation=False), new_context(files=subject_files))
 
 
+@pytest.mark.parametrize(("family", "way"), [("sd", "lora"), ("sd", "full"), ("sdxl", "full")])
+def test_half_precision_trains_single_precision_weights(
+    model_ref: Callable[..., ModelRef],
+    new_context: Callable[..., Any],
+    subject_files: dict[str, Path],
+    family: str,
+    way: str,
+) -> None:
+    method = DreamBooth()
+    method._loaded = pipelines.load(model_ref(family), "cpu", torch.bfloat16)
+    before = weights(method)
+    losses = []
+    for rate in (1e-9, 1e-2):
+        context = new_context(files=subject_files)
+        parameters = asked(subject_files, method=way, steps=6, batch=1, learning_rate=rate, prior_preservation=False)
+        losses.append(method.run(parameters, context).metadata["loss"])
+        made = load_file(str(context.output_dir / "adapter.safetensors"))
+        assert all(torch.isfinite(value).all() for value in made.values())
+    assert losses[1] < losses[0], "the weights of a step must be the ones the step before left"
+    after = weights(method)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_low_rank_layers_start_as_the_base_model_and_come_off_again() -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Sequential(torch.nn.Linear(5, 4)))

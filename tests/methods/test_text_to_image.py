@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from executors.methods import sampling
+from executors.methods import pipelines, sampling
 from executors.methods.base import Cancelled, InputRefused, ModelMissing, ModelRef
 from executors.methods.parameters import TextToImageParameters
 from executors.methods.text_to_image import TextToImage
@@ -184,3 +185,15 @@ def test_closing_gives_the_model_back(model_ref: Callable[..., ModelRef], new_co
     method.close()
     with pytest.raises(RuntimeError, match="before load"):
         method.run(asked(), new_context())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_half_precision_makes_nearly_the_same_picture(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], family: str
+) -> None:
+    exact = loaded(model_ref(family)).run(asked(), new_context())
+    method = TextToImage()
+    method._loaded = pipelines.load(model_ref(family), "cpu", torch.bfloat16)
+    rough = method.run(asked(), new_context())
+    assert rough.metadata["dtype"] == "bfloat16"
+    assert np.abs(pixels(exact.files[0].path) - pixels(rough.files[0].path)).mean() <= 8.0
