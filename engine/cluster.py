@@ -199,6 +199,9 @@ class Cluster:
             self.gpu_memory[row, len(gpus) :] = -1
             self.gpu_size[row, len(gpus) :] = -1
             self.gpu_model[row, len(gpus) :] = -1
+        self._changed(row)
+
+    def _changed(self, row: int) -> None:
         if len(self.changes) > 4096 + 2 * len(self.nodes):
             self._cut_log()
         self.changes.append(row)
@@ -222,7 +225,15 @@ class Cluster:
 
     def _move(self, node: Node, grants: Sequence[GpuGrant], demand: Demand, sign: int) -> None:
         self.suppose(node, grants, demand, sign)
-        self.put(node)
+        row = node.index
+        self.free[row, : len(node.free)] = node.free
+        self.pods[row] = len(node.pods)
+        for column, gpu in enumerate(node.gpus) if grants else ():
+            for grant in grants:
+                if grant.uuid == gpu.uuid:
+                    self.gpu_share[row, column] = gpu.share_free if gpu.open else -1
+                    self.gpu_memory[row, column] = gpu.memory_free
+        self._changed(row)
 
     def suppose(self, node: Node, grants: Sequence[GpuGrant], demand: Demand, sign: int) -> None:
         """Give back (1) or take (-1) in a node's plain values only: for plans about one node, which undo it before they return."""

@@ -170,9 +170,17 @@ def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
     if cold is None or cold[0] > rank:
         return False
     cold_rank, other, line, _ = cold
-    if cold_rank[0] == rank[0] and other.submitted_at + turn.profile.warm_first_us > task.submitted_at:
+    if cold_rank[0] == rank[0]:
+        if other.submitted_at + turn.profile.warm_first_us > task.submitted_at:
+            return False
+    elif other.pending_since + turn.profile.preempt_patience_us > turn.now and _has_pods(turn, other):
         return False
     return other is not task and claim_room(turn, other, line)
+
+
+def _has_pods(turn: Turn, task: Task) -> bool:
+    """Tell whether Pods of the task's model are there: one of their slots may be free sooner than a new Pod is ready."""
+    return (task.spec.method, task.spec.model) in turn.backlog.by_model
 
 
 def _next_cold(turn: Turn) -> tuple[Rank, Task, RoomLine, int] | None:
