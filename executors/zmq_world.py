@@ -155,6 +155,7 @@ class ZmqWorld:
             self._settle()
             events.extend(self._controller.take_events())
             self._undurable = True
+            self._unsent = self._unsent or self._controller.has_outgoing()
         self._flush()
         return events
 
@@ -167,7 +168,7 @@ class ZmqWorld:
         with self._lock:
             self._settle()
             self._controller.perform(self.clock.now(), command)
-            self._unsent = True
+            self._unsent = self._unsent or self._controller.has_outgoing()
             if self._controller.has_events():
                 self._bell.set()
 
@@ -188,7 +189,8 @@ class ZmqWorld:
     def post(self, event: Event) -> None:
         """Hand in an event from outside (a submission, a cancel, an operator's order) and wake the driving thread."""
         self._posted.append(event)
-        self._bell.set()
+        if not self._bell.is_set():
+            self._bell.set()
 
     def wake(self) -> None:
         """End a `wait` early."""
@@ -226,7 +228,7 @@ class ZmqWorld:
         if self._undurable:
             self._undurable = False
             self._controller.durable()
-            self._unsent = True
+            self._unsent = self._unsent or self._controller.has_outgoing()
 
     def _flush(self) -> None:
         if self._unsent:

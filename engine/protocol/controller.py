@@ -225,6 +225,10 @@ class Controller:
         """Tell whether `take_events` would return something."""
         return bool(self._events or self._progress or self._touched)
 
+    def has_outgoing(self) -> bool:
+        """Tell whether `take_outgoing` may return something."""
+        return bool(self._out or self._dirty)
+
     def next_timeout(self) -> Micros:
         """Return when `tick` is to be called at the latest."""
         return self._next_sweep
