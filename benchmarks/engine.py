@@ -6,8 +6,8 @@ inside `Engine.step`, with the `aigc` profile and a queue that is kept full:
 1. placements a second on 1,000 nodes x 8 GPUs with 20,000 tasks waiting;
 2. the cost of a decision on 10,000 nodes against that on 100 nodes.
 
-The load has the shape of a picture service: 86 models by a Zipf law (1.43), 4,247 groups (0.81), 20 tenants, one task in ten urgent,
-whole GPUs and half GPUs. Two mixes: `warm` keeps a model's Pods for the next task of that model; `cold` gives every task a new Pod
+The load has the shape of a picture service: 86 models by a Zipf law (1.43), 4,247 groups (0.81), 20 tenants, one task in ten
+urgent, whole GPUs and half GPUs. Two mixes: `warm` keeps a model's Pods for the next task of that model; `cold` gives every task a new Pod
 (its Pod is stopped after it), the most expensive way. As a long-lived process should, it freezes what was there before the
 measurement out of Python's garbage collector and lets that run once per 50,000 allocations.
 """

@@ -93,13 +93,15 @@ class RoomLine(Line):
 class Shape:
     """What a task asks for once predictions and past failures are taken in."""
 
-    __slots__ = ("demand", "kind", "need", "possible", "rooms", "slots")
+    __slots__ = ("demand", "kind", "need", "possible", "rooms", "slots", "wrong")
 
     def __init__(self, kind: Kind, demand: Demand, slots: int) -> None:
         self.kind = kind
         self.demand = demand
         self.need = demand.gpu_memory_bytes
         self.slots = slots
+        self.wrong: str | None = None
+        """What is wrong with the demand of tasks of this shape, empty when nothing is; None: not looked at yet."""
         self.rooms: dict[tuple[bool, int, int], RoomLine] = {}
         """(empty, node's row or -1, members) -> line."""
         self.possible: dict[tuple[int, bool], tuple[int, bool]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.backlog import Shape
 from engine.entities import Task
 from engine.fit import possible
 from engine.reasons import Reason
@@ -22,7 +23,11 @@ def admit(turn: Turn, task: Task) -> None:
 
 def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
     state, spec, tenant = turn.state, task.spec, task.tenant
-    wrong = invalid(spec, turn.limits.gang_members)
+    shape: Shape = task.shape or turn.backlog.shape_of(task)
+    task.shape = shape
+    if shape.wrong is None:
+        shape.wrong = invalid_demand(spec.demand)
+    wrong = shape.wrong or invalid(spec, turn.limits.gang_members)
     if wrong:
         return Reason.INVALID, wrong
     if task.estimate is not None and not task.estimate.serves_every_model:
@@ -42,8 +47,6 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
             Reason.TENANT_PENDING_QUOTA,
             f"tenant {tenant.name!r} has {tenant.pending} tasks waiting, its limit is {tenant.max_pending}; try again later",
         )
-    if task.shape is None:
-        task.shape = turn.backlog.shape_of(task)
     if turn.profile.reject_impossible and len(state.cluster) and not _possible(turn, task):
         return Reason.IMPOSSIBLE, f"demand: the known nodes could never hold it: {describe(spec.demand)}; ask for less"
     return None
@@ -52,7 +55,8 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
 def _possible(turn: Turn, task: Task) -> bool:
     spec = task.spec
     together = spec.members > 1 and bool(spec.group) and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE)
-    cache: dict[tuple[int, bool], tuple[int, bool]] = task.shape.possible
+    shape: Shape = task.shape
+    cache = shape.possible
     key = (spec.members, together)
     known = cache.get(key)
     topology = turn.state.cluster.topology
@@ -62,8 +66,7 @@ def _possible(turn: Turn, task: Task) -> bool:
 
 
 def invalid(spec: TaskSpec, most_members: int) -> str:
-    """Return what is wrong with a task, naming the field and the remedy; empty when nothing is."""
-    demand = spec.demand
+    """Return what is wrong with a task besides its demand, naming the field and the remedy; empty when nothing is."""
     if not spec.req_no:
         return "req_no: it is empty; every task needs its own identity"
     if not spec.method:
@@ -76,6 +79,11 @@ def invalid(spec: TaskSpec, most_members: int) -> str:
         return f"max_attempts: {spec.max_attempts} is out of range; use at least 1"
     if spec.run_limit_us is not None and spec.run_limit_us < 1:
         return f"run_limit_us: {spec.run_limit_us} is out of range; use at least 1, or none"
+    return ""
+
+
+def invalid_demand(demand: Demand) -> str:
+    """Return what is wrong with a demand, naming the field and the remedy; empty when nothing is."""
     if demand.gpus < 0:
         return f"demand.gpus: {demand.gpus} is out of range; use 0 or more"
     if demand.gpus and not 1 <= demand.gpu_share <= WHOLE_GPU:
