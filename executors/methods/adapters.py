@@ -137,7 +137,8 @@ def apply(folder: Path, parts: Mapping[str, torch.nn.Module], scale: float = 1.0
             applied._differences[key] = (tensors[key], up)
         else:
             fits = tensors[key].shape == target.shape
-            applied._differences[key] = tensors[key]
+            if fits:
+                applied._differences[key] = tensors[key].to(target.device, torch.float32) - target.detach().float()
         if not fits:
             raise ModelMissing(f"adapter: its weight {target_key} has another shape than the base model's; wrong base")
     applied.set_scale(scale)

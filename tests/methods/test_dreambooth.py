@@ -50,6 +50,14 @@ def weights(method: DreamBooth) -> dict[str, torch.Tensor]:
     }
 
 
+def by_key(loaded: pipelines.LoadedPipeline) -> dict[str, torch.Tensor]:
+    """Weights under the names that adapters use."""
+    parts = loaded.parts.items()
+    return {
+        adapters.weight_key(part, name): value for part, module in parts for name, value in module.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize("way", ["lora", "full"])
 def test_a_resumed_training_equals_an_uninterrupted_one(
     model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], subject_files: dict[str, Path], way: str
@@ -122,6 +130,13 @@ def test_what_was_trained_is_what_generation_applies(
         if not torch.equal(value, base.parts[part].state_dict()[key])
     }
     assert changed == set(facts["trained"])
+    after, before, written = by_key(taught), by_key(base), load_file(str(result.files[0].path))
+    for key, kept in written.items():
+        if way == "full":
+            torch.testing.assert_close(after[key], kept.float(), rtol=0, atol=1e-6)
+        elif key.endswith(".lora_A.weight"):
+            weight, up = key.replace(".lora_A", ""), written[key.replace("lora_A", "lora_B")]
+            torch.testing.assert_close(after[weight], before[weight] + up @ kept, rtol=0, atol=1e-6)
     taught.set_adapter_scale(0.0)
     for part, module in taught.parts.items():
         for key, value in module.state_dict().items():
