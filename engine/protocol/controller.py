@@ -62,7 +62,9 @@ class Controller:
         self._lease_us, self._margin_us, self._heartbeat_us = lease_us, margin_us, heartbeat_us
         self._sweep_us = sweep_us
         self._next_sweep: Micros = NEVER
-        self._sessions = 0
+        # A session's number is never used twice, not even by the next life of the scheduler: what still travels from a session of
+        # the last life must not pass for one of this.
+        self._sessions = epoch << 32
         self._links: dict[str, Link] = {}
         self._peers: dict[str, Link] = {}
         self._pod_node: dict[int, Link] = {}

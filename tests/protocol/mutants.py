@@ -236,6 +236,17 @@ def come_back_under_the_same_boot(patch: Any) -> None:
     patch.setattr(AgentMachine, "_reborn", unchanged)
 
 
+def number_sessions_anew_in_each_life(patch: Any) -> None:
+    """A restarted scheduler gives a number to a session that its last life gave to another."""
+    init = Controller.__init__
+
+    def from_zero(self: Controller, *args: Any, **named: Any) -> None:
+        init(self, *args, **named)
+        self._sessions = 0
+
+    patch.setattr(Controller, "__init__", from_zero)
+
+
 MUTANTS: tuple[Patch, ...] = (
     acknowledge_before_the_journal,
     never_fence,
@@ -255,4 +266,5 @@ MUTANTS: tuple[Patch, ...] = (
     obey_while_seeking,
     dispatch_again_whatever_the_node_says,
     come_back_under_the_same_boot,
+    number_sessions_anew_in_each_life,
 )

@@ -14,6 +14,8 @@ from engine.protocol.controller import HEARTBEAT_US, LEASE_US, MARGIN_US, Contro
 from engine.resources import Demand, GpuGrant, GpuSpec, NodeSpec
 from engine.tasks import SECOND, FailureCause
 
+SESSION = (1 << 32) + 1
+"""The first session of epoch 1."""
 SPEC = NodeSpec("n", (GpuSpec("g", "x", 1),))
 CREATE = c.CreatePod(1, "n", "sleep", "", (GpuGrant("g", 1000, 1),), Demand())
 START = c.StartTask("r", 1, 1, "n")
@@ -145,13 +147,13 @@ def test_an_acknowledgement_that_waited_in_a_frozen_agent_renews_nothing() -> No
     pair.agent.tick(pair.now)
     (beat,) = [message for message in pair.agent.take_outgoing(pair.now) if isinstance(message, m.Heartbeat)]
     pair.now += LEASE_US
-    pair.agent.receive(pair.now, m.HeartbeatAck(1, 1, beat.n, 0))
+    pair.agent.receive(pair.now, m.HeartbeatAck(SESSION, 1, beat.n, 0))
     assert pair.agent.life is Life.FENCING
 
 
 def test_orders_that_ride_on_an_expired_heartbeat_are_refused_and_come_again() -> None:
     pair = Pair().joined()
-    pair.agent.receive(pair.now, m.Orders(1, 1, 999, 1, (m.CreatePod(1, "sleep"),)))
+    pair.agent.receive(pair.now, m.Orders(SESSION, 1, 999, 1, (m.CreatePod(1, "sleep"),)))
     assert pair.agent.take_effects() == []
     (nack,) = [message for message in pair.agent.take_outgoing(pair.now) if isinstance(message, m.Nack)]
     assert nack.reason == m.NackReason.STALE
@@ -163,7 +165,7 @@ def test_orders_that_ride_on_an_expired_heartbeat_are_refused_and_come_again() -
     assert [type(effect) for effect in pair.effects] == [m.CreatePod]
 
 
-@pytest.mark.parametrize("session, epoch", [(0, 1), (2, 1), (1, 0), (1, 2)])
+@pytest.mark.parametrize("session, epoch", [(SESSION - 1, 1), (SESSION + 1, 1), (SESSION, 0), (SESSION, 2)])
 def test_orders_of_another_session_or_epoch_are_dropped(session: int, epoch: int) -> None:
     pair = Pair().joined()
     pair.agent.receive(pair.now, m.Orders(session, epoch, 1, 1, (m.CreatePod(1, "sleep"),)))
@@ -227,7 +229,7 @@ def test_an_older_boot_is_fenced() -> None:
 
 def test_a_hello_of_an_older_phase_is_dropped() -> None:
     pair = Pair().joined()
-    pair.agent.receive(pair.now, m.Rejoin(1, 1))
+    pair.agent.receive(pair.now, m.Rejoin(SESSION, 1))
     pair.exchange()
     before = pair.sm.dropped
     pair.sm.receive(pair.now, "p", m.Hello(1, 1, SPEC, 1, 1, 1))
@@ -245,6 +247,22 @@ def test_a_restarted_scheduler_orders_again_only_what_the_node_never_received() 
     assert pair.step() == [e.NodeJoined(SPEC, (1, 2))]
     pair.exchange()
     assert [(type(effect), effect.pod) for effect in pair.effects] == [(m.CreatePod, 2)]
+
+
+def test_a_session_of_the_last_life_does_not_pass_for_one_of_this() -> None:
+    pair = Pair().joined()
+    late = m.Reports(SESSION, 1, (), 1, 99)
+    pair.sm = Controller(2, pair.bodies)
+    pair.sm.restore(pair.now, Outstanding(("n",)))
+    pair.now += HEARTBEAT_US
+    pair.exchange()
+    pair.step()
+    pair.sm.perform(pair.now, CREATE)
+    pair.sm.take_outgoing(pair.now)
+    before = pair.sm.dropped
+    pair.sm.receive(pair.now, "p", late)
+    assert pair.sm.dropped == before + 1
+    assert pair.sm.statuses()[0].unsent_orders == 1, "the order is still to be acknowledged"
 
 
 def test_a_restarted_scheduler_waits_for_lease_and_margin_before_it_gives_silent_nodes_up() -> None:
@@ -291,7 +309,7 @@ def test_a_refused_order_fails_what_it_was_for() -> None:
     pair = Pair().joined()
     pair.sm.perform(pair.now, CREATE)
     pair.sm.take_outgoing(pair.now)
-    pair.sm.receive(pair.now, "p", m.Nack(1, 1, m.NackReason.UNKNOWN, "too new"))
+    pair.sm.receive(pair.now, "p", m.Nack(SESSION, 1, m.NackReason.UNKNOWN, "too new"))
     (stopped,) = pair.step()
     assert isinstance(stopped, e.PodStopped)
     assert "too new" in stopped.detail

@@ -36,6 +36,11 @@ def test_no_seed_breaks_a_rule_and_everything_ends(first: int) -> None:
         assert total.agent_crashes
 
 
+@pytest.mark.parametrize("seed", [11, 1688])
+def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:
+    run_seed(seed)
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     first, second = Drill(Plan.of(3)), Drill(Plan.of(3))
     assert first.run() == second.run()
@@ -49,6 +54,7 @@ KILLED_BY = {
     "accept_any_session": (19,),
     "acknowledge_what_was_heard_meanwhile": (28,),
     "obey_while_seeking": (28,),
+    "number_sessions_anew_in_each_life": (1688,),
 }
 """Seeds known to notice a mutant; others are tried when the engine's decisions have changed since."""
 
