@@ -196,8 +196,8 @@ def main() -> None:
     print(f"{'load':22} {'placements/s':>13} {'us each':>9} {'quiet':>9} {'new Pods':>9} {'waiting':>8} {'running':>8}")
     for name, r in results.items():
         print(
-            f"{name:22} {r['placements_per_s']:13,} {r['us_per_placement']:9} {r['quiet_us']:9} {r['pods_created'] / r['placements']:9.1%}"
-            f" {r['pending']:8,} {r['running']:8,}"
+            f"{name:22} {r['placements_per_s']:13,} {r['us_per_placement']:9} {r['quiet_us']:9}"
+            f" {r['pods_created'] / r['placements']:9.1%} {r['pending']:8,} {r['running']:8,}"
         )
     print(
         f"cost of a decision, 10,000 nodes over 100: warm {ratios['warm']}x, cold {ratios['cold']}x (aim: at most 3x)"

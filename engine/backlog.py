@@ -222,7 +222,10 @@ class Backlog:
         group = task.group
         row, empty = -1, False
         if group is not None:
-            row, empty = self.where(task, shape)
+            if task.spec.affinity is not Affinity.PREFERRED or (
+                group.node is not None and group.node.exclusive is not None
+            ):
+                row, empty = self.where(task, shape)
             group.waiting[task.req_no] = task
         members = task.spec.members
         room = shape.rooms.get((empty, row, members))

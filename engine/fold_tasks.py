@@ -87,10 +87,13 @@ def begin_attempt(state: State, task: Task, attempt: int) -> None:
     task.detail = task.stop_reason = task.result = ""
     task.progress_done = task.progress_total = 0
     task.started_at = task.ordered_at = 0
-    uncount_pending(state, task)
-    task.tenant.running += 1
-    if task.group is not None:
-        task.group.placed += 1
+    tenant, group = task.tenant, task.group
+    state.pending -= 1
+    tenant.pending -= 1
+    tenant.running += 1
+    if group is not None:
+        group.pending -= 1
+        group.placed += 1
     charge(state, task)
     if state.claims and task.req_no in state.claims:
         drop_claim(state, state.claims[task.req_no])
@@ -102,7 +105,7 @@ def bind_rank(state: State, task: Task, pod: Pod, rank: int) -> None:
     """Give a slot of a Pod to a member of a task, and bind the task's group to the node."""
     task.pods[rank] = pod.number
     pod.tasks[task.req_no] = rank
-    if pod.state is not PodState.CREATING:
+    if pod.state is not PodState.CREATING and pod.state is not PodState.BUSY:
         pod.state = next_pod_state(pod.state, PodCause.TAKE)
     state.watch.pod_changed(pod)
     group = task.group

@@ -109,7 +109,8 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     pod = turn.backlog.pick_warm(line, task)
     if pod is None:
         return False
-    if not pod.tasks and turn.profile.reclaim_idle and _yield_to_cold(turn, rank, task):
+    may_yield = not pod.tasks and not (turn.cold_known and turn.cold is None)
+    if may_yield and turn.profile.reclaim_idle and _yield_to_cold(turn, rank, task):
         return True
     bind_warm(turn, task, pod)
     return True

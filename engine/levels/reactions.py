@@ -123,13 +123,9 @@ def _stop_rest(turn: Turn, task: Task) -> None:
 
 
 def _running(turn: Turn, task: Task) -> None:
-    node = _node_name(turn, task)
-    turn.news(notify(task.req_no, TaskState.RUNNING, task.attempt, turn.now, node=node))
-
-
-def _node_name(turn: Turn, task: Task) -> str:
     pod = turn.state.pods.get(task.pods[0]) if task.pods else None
-    return pod.node.name if pod is not None else ""
+    node = pod.node.name if pod is not None else ""
+    turn.news(notify(task.req_no, TaskState.RUNNING, task.attempt, turn.now, node=node))
 
 
 def _finished(turn: Turn, task: Task) -> None:
