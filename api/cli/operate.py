@@ -224,7 +224,7 @@ def agent_keys(
     if as_json:
         print_json({"node": node, "keys": str(directory)})
     else:
-        out.print(str(directory), markup=False)
+        out.print(str(directory), markup=False, soft_wrap=True)
         err.print(
             f"copy it to the node's machine and run: aigc agent --name {node} --keys {directory.name} --connect ..."
         )

@@ -25,6 +25,7 @@ def replay(
     """
     try:
         from api.journal import JournalCorrupt, read_journal
+        from api.scheduler import LIMITS
     except ImportError:
         fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
     from engine import profiles
@@ -38,7 +39,7 @@ def replay(
         snapshot, records = read_journal(journal, from_start=from_start)
     except (ValueError, OSError, JournalCorrupt) as error:
         fail(str(error), Exit.USAGE)
-    report = decide_again(records, wanted, snapshot)
+    report = decide_again(records, wanted, snapshot, LIMITS)
     if as_json:
         difference = None if report.difference is None else str(report.difference)
         print_json({"steps": report.steps, "orders": report.orders, "same": report.same, "difference": difference})

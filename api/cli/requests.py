@@ -129,7 +129,7 @@ def _say(job: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        out.print(job["req_no"], markup=False)
+        out.print(job["req_no"], markup=False, soft_wrap=True)
 
 
 def _end(job: dict[str, Any], as_json: bool) -> None:
@@ -137,7 +137,7 @@ def _end(job: dict[str, Any], as_json: bool) -> None:
         print_json(job)
     elif job["state"] == "finished":
         for line in job.get("saved") or [(job.get("result") or {}).get("model", "")]:
-            out.print(line, markup=False)
+            out.print(line, markup=False, soft_wrap=True)
     else:
         err.print(f"{job['req_no']} is {job['state']}: {job.get('reason', '')} {job.get('detail', '')}", markup=False)
     if job["state"] != "finished":
