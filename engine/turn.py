@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.backlog import Backlog, RoomLine
+from engine.backlog import Backlog
 from engine.commands import Command, DeletePod, Notify
 from engine.entities import Deployment, Pod, Task
 from engine.fold_commands import COMMAND_FOLDS
+from engine.kinds import RoomLine
 from engine.limits import Limits
 from engine.lines import Rank
 from engine.making import notify

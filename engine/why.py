@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from engine.backlog import Backlog, Shape, cap_of
+from engine.backlog import Backlog
 from engine.cluster import BASE_COLUMNS, Cluster
 from engine.entities import Node, Task
+from engine.kinds import Shape, cap_of
 from engine.profile import Profile
 from engine.reasons import Blocker, Reason
 from engine.resources import Demand

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.backlog import Shape
 from engine.entities import Task
 from engine.fit import possible
+from engine.kinds import Shape
 from engine.reasons import Reason
 from engine.resources import WHOLE_GPU, Demand
 from engine.tasks import Affinity, TaskSpec, TaskState

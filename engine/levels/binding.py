@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
 
-from engine.backlog import Kind, RoomLine, Shape, WarmLine
 from engine.cluster import pick_gpus
 from engine.commands import Notify
 from engine.entities import Node, Pod, Task
+from engine.kinds import Kind, RoomLine, Shape, WarmLine
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import claim, make_room

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.backlog import RoomLine
 from engine.cluster import pick_gpus
 from engine.commands import CreatePod, ScaleNodes
 from engine.entities import Deployment
+from engine.kinds import RoomLine
 from engine.levels.room import make_room
 from engine.reasons import Reason
 from engine.tasks import PodState

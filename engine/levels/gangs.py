@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from engine.backlog import RoomLine, Shape
 from engine.cluster import pick_gpus
 from engine.commands import Notify, StartTask
 from engine.entities import Node, Pod, Task
 from engine.fit import places_on
+from engine.kinds import RoomLine, Shape
 from engine.levels.creation import create_pod
 from engine.resources import GpuGrant
 from engine.tasks import Affinity, PodState, TaskState

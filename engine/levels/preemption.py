@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import nsmallest
 
-from engine.backlog import RoomLine, Shape
 from engine.cluster import pick_gpus
 from engine.entities import Node, Pod, Task
+from engine.kinds import RoomLine, Shape
 from engine.levels.room import claim
 from engine.reasons import Reason
 from engine.resources import GpuGrant

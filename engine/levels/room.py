@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.backlog import RoomLine
 from engine.cluster import pick_gpus
 from engine.commands import Notify, PrefetchModel, Room
 from engine.entities import Node, Pod, Task
+from engine.kinds import RoomLine
 from engine.reasons import Reason
 from engine.resources import Demand, GpuGrant
 from engine.tasks import TaskState
