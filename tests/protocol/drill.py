@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import simpy
 
-from api.ss_loop import outstanding_of
+from api.sm.loop import outstanding_of
 from engine import commands as c
 from engine import events as e
 from engine import invariants, profiles

@@ -53,7 +53,7 @@ KILLED_BY = {
     "count_the_lease_from_receipt": (20,),
     "accept_any_session": (19,),
     "acknowledge_what_was_heard_meanwhile": (28,),
-    "obey_while_seeking": (28,),
+    "obey_while_seeking": (622,),
     "number_sessions_anew_in_each_life": (1688,),
 }
 """Seeds known to notice a mutant; others are tried when the engine's decisions have changed since."""
