@@ -90,8 +90,8 @@ def run_gateway(settings: Settings) -> None:
 
     from api.gateway import create_app
     from api.monitoring.logs import FileTail, LogRing, configure_logging
-    from api.queue_sqlite import SqliteQueue
-    from api.support_client import SupportClient
+    from api.mq.sqlite import SqliteQueue
+    from api.support.client import SupportClient
 
     state = StateDir(settings.state_dir)
     state.create()
@@ -209,8 +209,8 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
 def run_scheduler(settings: Settings) -> int:
     """Run SS and the scheduler; returns 0 when told to end, 1 when storage or the world failed."""
     from api.monitoring.logs import configure_logging
-    from api.scheduler import run_scheduler as serve
-    from api.scheduler import scheduler_config
+    from api.sm.process import run_scheduler as serve
+    from api.sm.process import scheduler_config
 
     configure_logging("sm", level=settings.log_level)
     return serve(scheduler_config(settings))

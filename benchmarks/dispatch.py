@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from api.journal import SqliteJournal
+from api.sm.journal import SqliteJournal
 from engine import profiles
 from engine.commands import CreatePod, PrefetchModel, StartTask
 from engine.events import Event, NodeJoined, TaskFinished, TaskSubmitted

@@ -17,9 +17,9 @@ import sys
 import uuid
 from pathlib import Path
 
-from api.messages import MessageRefused, decode, encode_request, request_id, result_id
-from api.queue_sqlite import SqliteQueue
-from api.ss_queue import REQUESTS, RESULTS
+from api.mq.messages import MessageRefused, decode, encode_request, request_id, result_id
+from api.mq.port import REQUESTS, RESULTS
+from api.mq.sqlite import SqliteQueue
 
 
 def main() -> int:

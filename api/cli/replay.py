@@ -24,8 +24,8 @@ def replay(
     Example: `aigc replay aigc-state/journal.db --from-start`
     """
     try:
-        from api.journal import JournalCorrupt, read_journal
-        from api.scheduler import LIMITS
+        from api.sm.journal import JournalCorrupt, read_journal
+        from api.sm.process import LIMITS
     except ImportError:
         fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
     from engine import profiles

@@ -19,10 +19,10 @@ from PIL import Image
 from api.gateway.app import create_app
 from api.gateway.config import GatewayConfig
 from api.gateway.keys import KeyStore
-from api.messages import decode
 from api.monitoring.logs import LogRing, configure_logging
+from api.mq.messages import decode
+from api.mq.port import Outgoing
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
-from api.ss_queue import Outgoing
 from executors.dfs import open_store
 from executors.ports import FileStore
 

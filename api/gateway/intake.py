@@ -17,7 +17,7 @@ import structlog
 from api.gateway.problems import Refused
 from api.gateway.ranking import AdmissionWindow, Waiting, WindowFull
 from api.monitoring.metrics import Metrics
-from api.ss_queue import Outgoing, QueueRefused
+from api.mq.port import Outgoing, QueueRefused
 from engine.tasks import URGENT_PRIORITY
 
 log = structlog.get_logger("gateway")

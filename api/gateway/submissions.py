@@ -22,7 +22,7 @@ from api.gateway.intake import Intake
 from api.gateway.keys import Caller
 from api.gateway.problems import FieldProblem, Refused, no_retry
 from api.gateway.records import Records
-from api.messages import MessageRefused, encode_request, request_id
+from api.mq.messages import MessageRefused, encode_request, request_id
 from api.ports import JobEvent, JobView, SupportPort, SupportRefused
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")

@@ -30,7 +30,7 @@ def settings_of(root: Path, port: int, slots: int = 8) -> Settings:
 
 
 def run_scheduler(settings: Settings) -> int:
-    from api.scheduler import run_scheduler, scheduler_config
+    from api.sm.process import run_scheduler, scheduler_config
 
     return run_scheduler(scheduler_config(settings))
 

@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 
 from api.gateway import create_app
 from api.gateway.fake import GatewayFake
-from api.messages import decode
-from api.queue_sqlite import SqliteQueue
-from api.ss_queue import Outgoing
+from api.mq.messages import decode
+from api.mq.port import Outgoing
+from api.mq.sqlite import SqliteQueue
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.gateway import GatewayConfig, KeyStore, create_app
-from api.scheduler import Scheduler, SchedulerConfig
-from api.ss_drill import DrillWorld
-from api.ss_intake import MethodDefaults
-from api.ss_jobs import Model
+from api.sm.process import Scheduler, SchedulerConfig
 from api.state_dir import StateDir
+from api.support.drill import DrillWorld
+from api.support.intake import MethodDefaults
+from api.support.jobs import Model
 from engine import profiles
 from engine.limits import Limits
 from engine.resources import Demand

@@ -11,8 +11,8 @@ from typing import get_args
 
 import pytest
 
-from api.journal import JournalBroken, JournalCorrupt, JournalFenced, SqliteJournal, read_journal
-from api.ss_codec import decode_step, encode_step
+from api.sm.journal import JournalBroken, JournalCorrupt, JournalFenced, SqliteJournal, read_journal
+from api.sm.journal_codec import decode_step, encode_step
 from engine import snapshot
 from engine.commands import Command, CreatePod, Notify, StartTask
 from engine.events import Event, NodeJoined, PodStarted, TaskFinished, TaskSubmitted
@@ -223,7 +223,7 @@ def test_old_records_go_beyond_the_retention_and_never_those_a_snapshot_needs(tm
 def test_a_killed_process_loses_no_recorded_step(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     code = (
-        "import os, sys\nfrom api.journal import SqliteJournal\nfrom engine.events import PodStarted\n"
+        "import os, sys\nfrom api.sm.journal import SqliteJournal\nfrom engine.events import PodStarted\n"
         f"journal = SqliteJournal({str(path)!r})\n"
         "for n in range(1, 10**6):\n    journal(n, (PodStarted(n),), ())\n    print(n, flush=True)\n"
     )

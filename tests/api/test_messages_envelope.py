@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.messages import (
+from api.mq.messages import (
     MAX_BYTES,
     MessageRefused,
     decode,

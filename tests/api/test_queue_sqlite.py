@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from api.queue_sqlite import SqliteQueue
-from api.ss_queue import Outgoing, QueueBroken, QueueRefused
+from api.mq.port import Outgoing, QueueBroken, QueueRefused
+from api.mq.sqlite import SqliteQueue
 
 
 class Clock:
@@ -180,7 +180,7 @@ def test_a_result_queue_that_nobody_reads_keeps_its_newest_messages(tmp_path: Pa
 def test_messages_survive_the_process(tmp_path: Path) -> None:
     path = tmp_path / "queue.db"
     code = (
-        "import os, sys; from api.queue_sqlite import SqliteQueue\n"
+        "import os, sys; from api.mq.sqlite import SqliteQueue\n"
         f"q = SqliteQueue({str(path)!r}); q.put('requests', 'a', b'x', 3); q.take('requests', lease_s=0); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
@@ -193,7 +193,7 @@ def test_messages_survive_the_process(tmp_path: Path) -> None:
 def test_a_waiting_reader_wakes_for_a_put_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "queue.db"
     queue = SqliteQueue(path)
-    code = f"from api.queue_sqlite import SqliteQueue; SqliteQueue({str(path)!r}).put('requests', 'a', b'x')"
+    code = f"from api.mq.sqlite import SqliteQueue; SqliteQueue({str(path)!r}).put('requests', 'a', b'x')"
     writer = subprocess.Popen([sys.executable, "-c", code])
     assert ids(queue.take("requests", wait_s=30)) == ["a"]
     assert writer.wait(30) == 0
@@ -222,7 +222,7 @@ def test_concurrent_puts_and_takes_lose_and_double_nothing(tmp_path: Path) -> No
     path = tmp_path / "queue.db"
     queue = SqliteQueue(path)
     code = (
-        "import sys; from api.queue_sqlite import SqliteQueue; from api.ss_queue import Outgoing\n"
+        "import sys; from api.mq.sqlite import SqliteQueue; from api.mq.port import Outgoing\n"
         f"q = SqliteQueue({str(path)!r})\n"
         "for i in range(50): q.put_many('requests', [Outgoing(f'{sys.argv[1]}-{i}-{k}', b'x') for k in range(4)])"
     )

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from api.scheduler import Scheduler, SchedulerConfig
-from api.ss_drill import DrillWorld
-from api.ss_intake import MethodDefaults
-from api.ss_jobs import Model
+from api.sm.process import Scheduler, SchedulerConfig
 from api.state_dir import StateDir
+from api.support.drill import DrillWorld
+from api.support.intake import MethodDefaults
+from api.support.jobs import Model
 from engine import profiles
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_a_lost_client_asks_again_with_the_same_number(scheduler: Scheduler) -> 
 
 
 def test_the_formats_on_the_page_are_those_of_the_code() -> None:
-    from api.messages import decode
+    from api.mq.messages import decode
 
     page = (ROOT / "docs" / "messages.md").read_text()
     blocks = [part.split("```")[0] for part in page.split("```json\n")[1:]]

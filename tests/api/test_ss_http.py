@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
-from api.support_client import SupportClient, wait_until_ready
-from api.support_http import create_support_app
+from api.support.client import SupportClient, wait_until_ready
+from api.support.http import create_support_app
 
 TOKEN = "t" * 64
 

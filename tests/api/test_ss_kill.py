@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from api.journal import read_journal
-from api.messages import encode_request, request_id
-from api.queue_sqlite import SqliteQueue
-from api.scheduler import LIMITS
-from api.ss_queue import REQUESTS, RESULTS, Outgoing
+from api.mq.messages import encode_request, request_id
+from api.mq.port import REQUESTS, RESULTS, Outgoing
+from api.mq.sqlite import SqliteQueue
+from api.sm.journal import read_journal
+from api.sm.process import LIMITS
 from api.state_dir import StateDir
 from engine.commands import StartTask
 from engine.events import TaskFinished

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.journal import SqliteJournal
-from api.messages import MessageRefused, decode, encode_request
-from api.ss_intake import MethodDefaults, understand
-from api.ss_jobs import Job, JobFold, Model, outcome_of, read_result, trained_model
-from api.ss_payloads import StorePayloads, resolve
-from api.store import Store
+from api.mq.messages import MessageRefused, decode, encode_request
+from api.sm.journal import SqliteJournal
+from api.support.intake import MethodDefaults, understand
+from api.support.jobs import Job, JobFold, Model, outcome_of, read_result, trained_model
+from api.support.payloads import StorePayloads, resolve
+from api.support.store import Store
 from engine.commands import CreatePod, Notify, PrefetchModel, StartTask
 from engine.events import ModelDeployed, ModelUndeployed, TaskProgressed, TaskSubmitted
 from engine.protocol.controller import PayloadRefused

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from api.journal import JournalBroken
-from api.messages import decode, encode_request, request_id
+from api.mq.messages import decode, encode_request, request_id
+from api.mq.port import REQUESTS, RESULTS
+from api.mq.sqlite import SqliteQueue
 from api.ports import SupportRefused
-from api.queue_sqlite import SqliteQueue
-from api.scheduler import Scheduler, SchedulerConfig
-from api.ss_drill import DrillWorld
-from api.ss_intake import MethodDefaults
-from api.ss_jobs import Model
-from api.ss_queue import REQUESTS, RESULTS
+from api.sm.journal import JournalBroken
+from api.sm.process import Scheduler, SchedulerConfig
 from api.state_dir import StateDir
+from api.support.drill import DrillWorld
+from api.support.intake import MethodDefaults
+from api.support.jobs import Model
 from engine import profiles
 from engine.limits import Limits
 from engine.resources import Demand

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from api.ss_jobs import Change
+from api.support.jobs import Change
 
 Key = tuple[str, str]
 T = TypeVar("T")

@@ -17,16 +17,16 @@ from typing import Any
 
 import structlog
 
-from api.journal import SqliteJournal
-from api.messages import Message, MessageRefused, decode
+from api.mq.messages import Message, MessageRefused, decode
+from api.mq.port import REQUESTS, Delivery, Queue
 from api.ports import SupportRefused
-from api.ss_board import Board
-from api.ss_intake import MethodDefaults, Request, understand
-from api.ss_jobs import Folded, Job, JobFold
-from api.ss_payloads import StorePayloads
-from api.ss_queue import REQUESTS, Delivery, Queue
-from api.ss_threads import IntakeThread, MailThread
-from api.store import Store
+from api.sm.journal import SqliteJournal
+from api.support.board import Board
+from api.support.intake import MethodDefaults, Request, understand
+from api.support.jobs import Folded, Job, JobFold
+from api.support.payloads import StorePayloads
+from api.support.store import Store
+from api.support.threads import IntakeThread, MailThread
 from engine.commands import Command
 from engine.events import Event, ModelDeployed, ModelUndeployed, NodeReported, TaskSubmitted
 from engine.tasks import Micros, TaskSpec

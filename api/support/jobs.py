@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from api.messages import encode_result, result_id
+from api.mq.messages import encode_result, result_id
 from engine.commands import Command, Notify
 from engine.events import Event, ModelDeployed, ModelUndeployed, TaskProgressed, TaskSubmitted
 from engine.tasks import TERMINAL_STATES, Micros, TaskState

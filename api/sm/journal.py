@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from api.ss_codec import decode_step, encode_step
+from api.sm.journal_codec import decode_step, encode_step
 from engine.commands import Command
 from engine.events import Event
 from engine.journal import Record

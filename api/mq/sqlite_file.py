@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from api.ss_queue import QueueBroken
+from api.mq.port import QueueBroken
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS message(

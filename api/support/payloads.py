@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from api.ss_jobs import Job, Model
+from api.support.jobs import Job, Model
 from engine.commands import CreatePod, PrefetchModel, StartTask
 from engine.protocol.controller import PayloadRefused
 from engine.tasks import FailureCause

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from api.ss_queue import REQUESTS, RESULTS, Delivery, Outgoing, Queue
-from api.store import Store
+from api.mq.port import REQUESTS, RESULTS, Delivery, Outgoing, Queue
+from api.support.store import Store
 from executors.ports import FileStore
 
 _log = structlog.get_logger("ss")

@@ -21,20 +21,20 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from api.journal import JournalBroken, SqliteJournal
 from api.monitoring.fold import MetricsFold
 from api.monitoring.metrics import Metrics
-from api.queue_sqlite import SqliteQueue
+from api.mq.port import Queue
+from api.mq.sqlite import SqliteQueue
 from api.settings import Settings
-from api.ss_core import SupportCore
-from api.ss_intake import MethodDefaults
-from api.ss_jobs import Model
-from api.ss_loop import LiveWorld, SchedulerLoop, outstanding_of
-from api.ss_queue import Queue
+from api.sm.journal import JournalBroken, SqliteJournal
+from api.sm.loop import LiveWorld, SchedulerLoop, outstanding_of
 from api.state_dir import StateDir
-from api.store import Store
-from api.support import SupportService
-from api.support_http import create_support_app
+from api.support.core import SupportCore
+from api.support.http import create_support_app
+from api.support.intake import MethodDefaults
+from api.support.jobs import Model
+from api.support.service import SupportService
+from api.support.store import Store
 from engine import profiles
 from engine.events import TenantConfigured
 from engine.journal import Record

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from api.ss_queue import RESULTS, DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
-from api.ss_queue_file import open_file, transaction
+from api.mq.port import RESULTS, DeadLetter, Delivery, Outgoing, QueueBroken, QueueRefused
+from api.mq.sqlite_file import open_file, transaction
 
 _READY, _LEASED, _DELAYED = 0, 1, 2
 KEEP_NEWEST: Mapping[str, int] = {RESULTS: 100_000}
@@ -37,7 +37,7 @@ class _Put:
 
 
 class SqliteQueue:
-    """Named queues in one SQLite file; see `api.ss_queue.Queue` for what each call promises.
+    """Named queues in one SQLite file; see `api.mq.port.Queue` for what each call promises.
 
     A queue in ``keep_newest`` never refuses: its oldest unread messages go when there are more than that (about; it is looked at in
     passing). By default the result queue is one, since an installation in which nobody reads it must not fill up.

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.messages import Message, MessageRefused
-from api.ss_jobs import TRAINING_METHOD, Job, Model
+from api.mq.messages import Message, MessageRefused
+from api.support.jobs import TRAINING_METHOD, Job, Model
 from engine.resources import Demand
 from engine.tasks import SECOND, Affinity, Micros, TaskSpec, TaskType
 from executors.methods.parameters import ParameterError, validate

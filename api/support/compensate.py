@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from api.mq.port import RESULTS, Outgoing
 from api.ports import SupportRefused
-from api.ss_core import SupportCore
-from api.ss_jobs import Job
-from api.ss_queue import RESULTS, Outgoing
+from api.support.core import SupportCore
+from api.support.jobs import Job
 from engine.events import TaskRevived, TaskSubmitted
 from engine.tasks import TaskState
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from api.ss_jobs import TERMINAL, Folded, Job, Model, Outcome
+from api.support.jobs import TERMINAL, Folded, Job, Model, Outcome
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS job(

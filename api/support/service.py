@@ -9,14 +9,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from api import ss_views
-from api.messages import MessageRefused, decode, request_id
+from api.mq.messages import MessageRefused, decode, request_id
+from api.mq.port import REQUESTS
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
-from api.ss_compensate import compensate
-from api.ss_core import SupportCore
-from api.ss_intake import MAX_DEPLOYED_PODS
-from api.ss_jobs import TERMINAL, Job, Model, view_of
-from api.ss_queue import REQUESTS
+from api.support import views
+from api.support.compensate import compensate
+from api.support.core import SupportCore
+from api.support.intake import MAX_DEPLOYED_PODS
+from api.support.jobs import TERMINAL, Job, Model, view_of
 from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
@@ -65,16 +65,16 @@ class SupportService:
         """Return a job, from the board, the store, or the queue where it still waits."""
         shown = self._core.board.view((tenant, req_no))
         if shown is not None:
-            return ss_views.job_view(shown[1])
+            return views.job_view(shown[1])
         job = self._core.store.job(tenant, req_no)
         if job is not None:
-            return ss_views.job_view(self._freshest(job))
+            return views.job_view(self._freshest(job))
         waiting = self._core.queue.peek(REQUESTS, request_id(tenant, req_no))
         if waiting is not None:
             try:
                 message = decode(waiting.body)
                 if message.header.tenant == tenant and message.req_no == req_no:
-                    return ss_views.queued_view(message, self._core.clock())
+                    return views.queued_view(message, self._core.clock())
             except MessageRefused:
                 pass
         raise _absent("job", req_no)
@@ -87,7 +87,7 @@ class SupportService:
             raise SupportRefused(422, "bad_cursor", "cursor: use the one that came with the page before")
         limit = max(1, min(limit, MAX_PAGE))
         found = self._core.store.jobs(tenant, limit + 1, int(cursor or 0), state, group)
-        page = [ss_views.job_view(self._freshest(job)) for job in found[:limit]]
+        page = [views.job_view(self._freshest(job)) for job in found[:limit]]
         return page, str(found[limit - 1].n) if len(found) > limit else ""
 
     def _freshest(self, job: Job) -> Mapping[str, Any]:
@@ -98,12 +98,12 @@ class SupportService:
         """Cancel; returns the final state, whichever of result and cancel came first."""
         job = await self._taken_in(tenant, req_no)
         if job.terminal:
-            return ss_views.job_view(view_of(job))
+            return views.job_view(view_of(job))
         self._core.post(TaskCancelRequested(job.task_id))
         ended = await self._core.board.until(lambda: self._ended(job.key), CERTAIN_TIMEOUT_S)
         if ended is None:
             raise SupportRefused(504, "not_certain", f"job {req_no}: it is not certain yet that it stopped; ask again")
-        return ss_views.job_view(ended)
+        return views.job_view(ended)
 
     def _ended(self, key: tuple[str, str]) -> Mapping[str, Any] | None:
         shown = self._core.board.view(key)
@@ -141,7 +141,7 @@ class SupportService:
 
         def question(engine: Engine) -> list[dict[str, Any]]:
             # A task that ended a long time ago is forgotten by the engine.
-            return ss_views.blockers_view(engine.why(task_id)) if task_id in engine.state.tasks else []
+            return views.blockers_view(engine.why(task_id)) if task_id in engine.state.tasks else []
 
         return await self._loop.ask(question)
 
@@ -162,7 +162,7 @@ class SupportService:
                         event_id=job.last_event,
                         kind=job.state,
                         at=job.finished_at or 0.0,
-                        view=ss_views.job_view(view_of(job)),
+                        view=views.job_view(view_of(job)),
                     )
                 return
             while not board.closed:
@@ -170,7 +170,7 @@ class SupportService:
                     if change.event_id <= after:
                         continue
                     after = change.event_id
-                    yield ss_views.job_event(change)
+                    yield views.job_event(change)
                     if req_no and change.view["state"] in TERMINAL:
                         return
             raise SupportRefused(503, "support_down", "SS is going down; go on after the last event id")
@@ -188,7 +188,7 @@ class SupportService:
                 jobs[row[3]] = self._core.store.job_by_number(row[3])
             job = jobs[row[3]]
             if job is not None:
-                events.append(ss_views.stored_event(row, job))
+                events.append(views.stored_event(row, job))
         return events
 
     async def compensate(self, tenant: str, req_no: str, action: str, key: str = "") -> Mapping[str, Any]:
@@ -205,11 +205,11 @@ class SupportService:
 
     async def models(self, tenant: str) -> Sequence[ModelView]:
         """Return the models the tenant may use."""
-        return [ss_views.model_view(model) for model in self._core.store.models(tenant)]
+        return [views.model_view(model) for model in self._core.store.models(tenant)]
 
     async def model(self, tenant: str, model_id: str) -> ModelView:
         """Return one model."""
-        return ss_views.model_view(self._model(tenant, model_id))
+        return views.model_view(self._model(tenant, model_id))
 
     def _model(self, tenant: str, model_id: str) -> Model:
         model = self._core.store.model(model_id)
@@ -231,7 +231,7 @@ class SupportService:
         model = await self._core.board.until(deployed, CERTAIN_TIMEOUT_S)
         if model is None:
             raise SupportRefused(504, "not_certain", f"model {model_id}: the deployment is not certain yet; ask again")
-        return ss_views.model_view(model)
+        return views.model_view(model)
 
     async def delete_model(self, tenant: str, model_id: str) -> None:
         """Delete a personalised model; 409 while a job or another model needs it."""
@@ -258,7 +258,7 @@ class SupportService:
     async def nodes(self) -> Sequence[Mapping[str, Any]]:
         """Return every node with its GPUs, use, Pods and state."""
         heard, use = self._heard(), self._core.use
-        return await self._loop.ask(lambda engine: ss_views.nodes_view(engine.state, heard, use))
+        return await self._loop.ask(lambda engine: views.nodes_view(engine.state, heard, use))
 
     async def drain(self, node: str, gpu: str | None = None) -> None:
         """Start nothing new there."""
@@ -281,7 +281,7 @@ class SupportService:
 
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths, engine and MQ counters."""
-        engine = await self._loop.ask(lambda engine: ss_views.engine_view(engine.state))
+        engine = await self._loop.ask(lambda engine: views.engine_view(engine.state))
         counts = await asyncio.to_thread(self._core.queue.counts)
         return {"engine": engine, "mq": counts, "support": dict(self._core.counters), **self._figures()}
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from api.journal import SqliteJournal
+from api.sm.journal import SqliteJournal
 from engine import snapshot
 from engine.commands import Command, CreatePod, DeletePod, StartTask, StopTask
 from engine.events import Event

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from api.messages import Message
+from api.mq.messages import Message
 from api.ports import JobEvent, JobView, ModelView
-from api.ss_jobs import Change, Job, Model, view_of
+from api.support.jobs import Change, Job, Model, view_of
 from engine.reasons import Blocker
 from engine.state import State
 from engine.tasks import TERMINAL_STATES
