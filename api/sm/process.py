@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -200,6 +201,11 @@ class Scheduler:
 def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[int], None] = lambda _: None) -> int:
     """Run until SIGTERM or SIGINT (returns 0) or until storage or the world fails (returns 1); call in the main thread."""
     scheduler = Scheduler(config)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(
+        50_000, 20, 100
+    )  # what was recovered lives long: do not walk it again and again (benchmarks/engine.py)
     try:
         scheduler.start()
         asyncio.run(_serve(scheduler, on_ready))

@@ -28,7 +28,7 @@ from engine.commands import StartTask
 from engine.events import TaskFinished
 from engine.replay import refold
 
-PARTS = Path(__file__).with_name("ss_kill_parts.py")
+PARTS = Path(__file__).with_name("scheduler_parts.py")
 KILLS = 10
 TASKS = 240
 SECONDS = 0.02
