@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from api.parts import authorize_agent, ensure_operator_key
@@ -22,6 +23,10 @@ class AgentPlan:
     devices: str
 
 
+class PortTaken(ValueError):
+    """A configured port is in use; the message names the field."""
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """Return a port that nobody listens on now."""
     with socket.socket() as probe:
@@ -34,7 +39,7 @@ def local_platform(
 ) -> tuple[Supervisor, Settings]:
     """Prepare the state directory and the parts: scheduler, gateway, agents.
 
-    Ports that are 0 are chosen. Returns the supervisor, not yet started, and the settings with ports filled in.
+    Ports that are 0 are chosen. Returns the supervisor, not yet started, and the settings with ports filled in. Raises PortTaken.
     """
     gateway, scheduler = settings.gateway, settings.scheduler
     bind = scheduler.bind
@@ -49,6 +54,13 @@ def local_platform(
             ),
         }
     )
+    host, _, port = bind.removeprefix("tcp://").rpartition(":")
+    for field, address in (
+        ("gateway.port", (settings.gateway.host, settings.gateway.port)),
+        ("scheduler.internal_port", (settings.scheduler.internal_host, settings.scheduler.internal_port)),
+        ("scheduler.bind", (host.replace("*", "0.0.0.0"), int(port))),  # noqa: S104
+    ):
+        _check_free(field, *address)
     state = StateDir(settings.state_dir)
     state.create()
     ensure_operator_key(settings)
@@ -82,8 +94,44 @@ def local_platform(
     for plan in agents:
         keys = authorize_agent(settings, plan.name, state.agent(plan.name) / "keys")
         arguments = ("--name", plan.name, "--devices", plan.devices, "--connect", connect, "--keys", str(keys))
-        parts.append(Part(plan.name, command("agent", *arguments), state.logs / f"{plan.name}.log", environment))
+        parts.append(
+            Part(
+                plan.name,
+                command("agent", *arguments),
+                state.logs / f"{plan.name}.log",
+                environment,
+                ready=partial(_joined, settings, plan.name),
+            )
+        )
     return Supervisor(parts, say), settings
+
+
+def _check_free(field: str, host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            variable = "AIGC_" + field.upper().replace(".", "__")
+            raise PortTaken(
+                f"{field}: {host}:{port} cannot be listened on ({error.strerror}); "
+                f"choose another in the configuration or by {variable}"
+            ) from None
+
+
+def _joined(settings: Settings, node: str) -> bool:
+    """Tell whether a node has joined, as an operator would see it."""
+    import httpx
+
+    key = StateDir(settings.state_dir).operator_key.read_text().strip()
+    url = f"http://{settings.gateway.host}:{settings.gateway.port}/v1/nodes"
+    try:
+        answer = httpx.get(url, headers={"Authorization": f"Bearer {key}"}, timeout=2)
+    except httpx.TransportError:
+        return False
+    if answer.status_code != 200:
+        return False
+    return any(seen["name"] == node and seen["state"] == "up" for seen in answer.json()["data"])
 
 
 def _listens(host: str, port: int) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +58,10 @@ class StateDir:
         """The gateway's base URL while it runs."""
         return self.root / "url"
 
+    def lock(self, name: str) -> Path:
+        """Return the lock file of one kind of process."""
+        return self.root / f"{name}.lock"
+
     def agent(self, name: str) -> Path:
         """Return the directory of one agent: spool, work, cache."""
         return self.root / "agents" / name
@@ -84,6 +91,32 @@ class StateDir:
             finally:
                 fresh.unlink()
         return path.read_text().strip()
+
+
+class StateDirInUse(RuntimeError):
+    """Another process of this kind works on the state directory."""
+
+
+@contextmanager
+def held(path: Path, who: str) -> Iterator[None]:
+    """Hold a lock file for as long as the block runs; raises StateDirInUse when another process has it.
+
+    The lock goes with the process, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise StateDirInUse(
+                f"{who} runs on {path.parent} already (process {holder}); stop it, or give another --state-dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def write_private(path: Path, text: str) -> None:

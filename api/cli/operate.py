@@ -35,6 +35,16 @@ def up(
     changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     if changes:
         settings.gateway = type(settings.gateway)(**{**settings.gateway.model_dump(), **changes})
+    from api import state_dir as state
+
+    try:
+        with state.held(state.StateDir(settings.state_dir).lock("up"), "`aigc up`"):
+            _run_until_told(settings, config, as_json)
+    except (state.StateDirInUse, ValueError) as error:
+        fail(str(error), Exit.USAGE)
+
+
+def _run_until_told(settings: Settings, config: Path | None, as_json: bool) -> None:
     from api.platform import AgentPlan, local_platform
     from api.supervisor import PartFailed
 
@@ -87,9 +97,16 @@ def gateway(config: Config = None, state_dir: StateDir = None) -> None:
 
 def scheduler(config: Config = None, state_dir: StateDir = None) -> None:
     """Run the support service (SS) and the scheduler (SM)."""
+    from api import state_dir as state
     from api.parts import run_scheduler
 
-    raise typer.Exit(run_scheduler(_settings(config, state_dir)))
+    settings = _settings(config, state_dir)
+    try:
+        with state.held(state.StateDir(settings.state_dir).lock("scheduler"), "a scheduler"):
+            code = run_scheduler(settings)
+    except (state.StateDirInUse, ValueError, OSError) as error:
+        fail(str(error), Exit.USAGE)
+    raise typer.Exit(code)
 
 
 def agent(
@@ -115,7 +132,10 @@ def agent(
         )
     from api.parts import run_agent
 
-    run_agent(settings, directory)
+    try:
+        run_agent(settings, directory)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error), Exit.USAGE)
 
 
 def doctor(config: Config = None, state_dir: StateDir = None, as_json: Json = False) -> None:
