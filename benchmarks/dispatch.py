@@ -91,6 +91,9 @@ class NoopPods:
     def filenos(self) -> Sequence[int]:
         return (self._out.fileno(),)
 
+    def next_deadline_us(self) -> int | None:
+        return None
+
     def take(self) -> Sequence[ports.PodReport]:
         reports, self._reports = self._reports, []
         return reports

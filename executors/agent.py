@@ -192,10 +192,9 @@ class NodeAgent:
         self._spool.sync()
 
     def _host_deadline_us(self) -> Micros:
-        """Return in how many microseconds the host has a grace to enforce, where it can tell; else `take` is called each second."""
-        tell = getattr(self._host, "next_deadline_us", None)
-        deadline = tell() if tell is not None else None
-        return NEVER if deadline is None else int(deadline)
+        """Return in how many microseconds the host has a grace to enforce."""
+        deadline = self._host.next_deadline_us()
+        return NEVER if deadline is None else deadline
 
     def _carry_out(self, now: Micros) -> None:
         effects = self.machine.take_effects()

@@ -202,6 +202,10 @@ class PodHost(Protocol):
         """Return the descriptors whose readability means that `take` has something."""
         ...
 
+    def next_deadline_us(self) -> int | None:
+        """Return in how many microseconds `take` has a grace to enforce; None when no clock runs."""
+        ...
+
     def take(self) -> Sequence[PodReport]:
         """Return the reports since the last call without blocking; also reaps dead children and enforces graces."""
         ...

@@ -73,6 +73,9 @@ class FakePodHost:
     def filenos(self) -> Sequence[int]:
         return (self._out.fileno(),)
 
+    def next_deadline_us(self) -> int | None:
+        return None
+
     def take(self) -> Sequence[ports.PodReport]:
         try:
             self._out.recv(4096)
