@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import click
 
 from api.cli.output import Exit, fail
 
@@ -38,9 +37,7 @@ class GatewayClient:
         self._client = httpx.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=httpx.Timeout(30, read=630)
         )
-        command = click.get_current_context(silent=True)
-        if command is not None:
-            command.call_on_close(self.close)
+        weakref.finalize(self, self._client.close)
 
     def request(self, method: str, path: str, **arguments: Any) -> Any:
         """Send a request and return the JSON answer (None where there is none); a refusal ends the command."""

@@ -169,6 +169,9 @@ def test_wrong_cursors_and_states_are_refused_and_not_crashes(platform: Platform
         assert 400 <= answer.status_code < 500, (query, answer.text)
     for state in ("queued", "pending", "dead", "finished"):
         platform.get(f"/v1/jobs?state={state}")
+    for _ in range(2):
+        platform.submit(0.0)
+    platform.until("/v1/jobs?limit=2", lambda page: len(page["data"]) == 2)
     first = platform.get("/v1/jobs?limit=1")
     second = platform.get(f"/v1/jobs?limit=1&cursor={first['next_cursor']}")
     assert first["data"][0]["req_no"] != second["data"][0]["req_no"]
@@ -176,6 +179,8 @@ def test_wrong_cursors_and_states_are_refused_and_not_crashes(platform: Platform
 
 def test_metrics_and_readiness_show_every_module(platform: Platform) -> None:
     assert platform.get("/readyz")["ready"] is True
+    req_no = platform.submit(0.0)
+    platform.until(f"/v1/jobs/{req_no}", lambda job: job["state"] == "finished")
     end = time.monotonic() + 30
     while True:
         text = platform.client.get("/metrics", headers=platform.ops).text

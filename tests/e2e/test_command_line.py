@@ -28,16 +28,17 @@ def test_generate_writes_the_pictures_it_was_asked_for(platform, tmp_path: Path)
     paths = [Path(line) for line in text.split()]
     assert len(paths) == 2
     for path in paths:
-        picture = Image.open(path)
-        assert picture.size == (64, 64)
-        assert "a red circle" in json.dumps(picture.info)
+        with Image.open(path) as picture:
+            assert picture.size == (64, 64)
+            assert "a red circle" in json.dumps(picture.info)
 
 
 def test_the_same_seed_gives_the_same_picture(platform, tmp_path: Path) -> None:
     pictures = []
     for name in ("one", "two"):
         line = platform.aigc("generate", "a blue star", "--seed", "7", "--steps", "4", "-o", str(tmp_path / name))
-        pictures.append(Image.open(line.strip()).tobytes())
+        with Image.open(line.strip()) as picture:
+            pictures.append(picture.tobytes())
     assert pictures[0] == pictures[1]
 
 
@@ -56,7 +57,8 @@ def test_train_gives_a_model_that_can_be_deployed_used_and_deleted(platform, tmp
     line = platform.aigc(
         "generate", "a sks emblem", "--model", model, "--steps", "4", "--seed", "1", "-o", str(tmp_path)
     )
-    assert Image.open(line.strip()).size == (64, 64)
+    with Image.open(line.strip()) as picture:
+        assert picture.size == (64, 64)
     platform.aigc("models", "undeploy", model)
     platform.aigc("models", "delete", model)
     assert model not in {row["model_id"] for row in platform.json("models", "list")}

@@ -35,4 +35,5 @@ def test_the_demo_trains_generates_cancels_and_survives_a_killed_pod(tmp_path: P
         if job["state"] == "finished":
             groups[job["group"]].add(job["node"])
     assert all(len(nodes) == 1 for nodes in groups.values()), "a strict group stays on its node"
-    assert Image.open(tmp_path / "contact-sheet.png").size[0] > 800
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.size[0] > 800
