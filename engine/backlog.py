@@ -13,12 +13,17 @@ from heapq import heapify, heappop, heappush
 from engine.entities import Account, Group, Pod, Task, Tenant
 from engine.fit import Fit, places_on
 from engine.kinds import Kind, RoomLine, Shape, WarmLine, WarmSet, cap_of, rounded_up
-from engine.lines import Line, Parked
+from engine.levels.ordering import AGED, ORDINARY
+from engine.lines import Line, Parked, Rank
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
 from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
 from engine.timers import Timers
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 divided by the golden ratio."""
 
 
 class Backlog:
@@ -52,6 +57,8 @@ class Backlog:
         self._oldest_version = -1
         self.urgent = 0
         """Urgent tasks in lines."""
+        self.may_be_aged = False
+        """Whether the aged have turns of their own, and any has entered a line since the last rebuild."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
         """(method, model) -> its Pods that are not gone."""
         self.timers = Timers()
@@ -68,7 +75,10 @@ class Backlog:
         self._rank = ordering.rank
         self._fair_tenants = ordering.fair_tenants
         self._fair_groups = ordering.fair_groups
+        self.young_at: Micros = -1
+        """When preemption looks again for attempts that were too young to be stopped."""
         self._age_us = ordering.age_us
+        self._aged_every = ordering.aged_every
         self._warm_reuse = profile.warm_reuse
         self._spread_slots = profile.spread_slots
         self.rebuild()
@@ -91,6 +101,7 @@ class Backlog:
         self.overdue.clear()
         self._oldest_version = -1
         self.by_model.clear()
+        self.may_be_aged = False
         self.ages.clear()
         self.timers = Timers()
         self._cards = sorted(state.cluster.cards)
@@ -140,7 +151,7 @@ class Backlog:
         tenant: Account = self._common
         account: Account = self._common
         tenant_seq = group_seq = -1
-        if self._fair_tenants:
+        if self._fair_tenants and band != AGED:
             tenant, tenant_seq = task.tenant, task.tenant.seq
             if group is not None and self._fair_groups:
                 account, group_seq = group, group.seq
@@ -159,11 +170,13 @@ class Backlog:
         room.push(entry, band, tenant, tenant_seq, account, group_seq)
         self.active[room] = self.woken[room] = None
         room.active = True
+        if band == AGED:
+            self.may_be_aged = self._aged_every > 0
         if task.urgent:
             self.urgent += 1
             if self.profile.preempt:
                 self.task_due(task, task.pending_since + self.profile.preempt_patience_us)
-        if band and self._age_us:
+        if band == ORDINARY and self._age_us:
             heappush(self.ages, (task.submitted_at + self._age_us, task.seq, ticket, task))
             if len(self.ages) > 1024 + 2 * self.state.pending:
                 self.ages = [each for each in self.ages if each[3].line_ticket == each[2]]
@@ -282,13 +295,21 @@ class Backlog:
             self.woken.pop(line, None)
 
     def promote(self, now: Micros) -> None:
-        """Move tasks that have waited long enough to the first band."""
+        """Move tasks that have waited long enough to the band of the aged."""
         ages = self.ages
         while ages and ages[0][0] <= now:
             _, _, ticket, task = heappop(ages)
             if task.line_ticket == ticket:
                 self.leaves(task)
                 self.waits(task)
+
+    def is_turn_of_aged(self) -> bool:
+        """Tell whether the next placement is the aged tasks' own: one of `aged_every`, never 14 apart when that is 8.
+
+        Multiples of the golden ratio are spread so evenly that this holds for every third or tenth placement as well. Counting
+        off plainly could keep in step with the nodes or kinds, and then the same ones would have all the turns.
+        """
+        return self.may_be_aged and (self.state.placed * _GOLDEN & _MASK) * self._aged_every <= _MASK
 
     def wake_by_changes(self) -> None:
         """Wake the lines for which nodes that changed since the last call may have room."""
@@ -337,6 +358,20 @@ class Backlog:
             if row < 0 and found is None:
                 found = self._top(warm)
         return found
+
+    def next_for(self, pod: Pod, band: int) -> Task | None:
+        """Return the task that would take a slot of this Pod next, of a better band than the given one, or None."""
+        warm, row, exclusive = pod.warm, pod.node.index, pod.node.exclusive
+        best: tuple[Rank, Task] | None = None
+        for (need, line_row), line in warm.kind.lines.items():
+            if need > warm.cap or line_row not in (-1, row):
+                continue
+            head = line.head()
+            if head is None or head[0][0] >= band or (exclusive is not None and exclusive is not head[1].group):
+                continue
+            if best is None or head[0] < best[0]:
+                best = head
+        return best[1] if best is not None else None
 
     def prefers_group_node(self, task: Task) -> bool:
         """Tell whether the task's group draws it to its node."""

@@ -123,6 +123,7 @@ def _pending(state: State, task: Task, now: Micros, c: Notify) -> None:
 def _claim(state: State, task: Task, room: Room) -> None:
     node = state.cluster.by_name[room.node]
     claim = Claim(task.req_no, node, room.grants, room.demand)
+    state.placed += 1
     state.watch.leaves(task)
     state.claims[task.req_no] = claim
     state.cluster.take(node, room.grants, room.demand)

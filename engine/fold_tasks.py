@@ -96,8 +96,9 @@ def begin_attempt(state: State, task: Task, attempt: int) -> None:
         group.placed += 1
     charge(state, task)
     if state.claims and task.req_no in state.claims:
-        drop_claim(state, state.claims[task.req_no])
+        drop_claim(state, state.claims[task.req_no])  # was counted when the room was claimed
     else:
+        state.placed += 1
         state.watch.leaves(task)
 
 

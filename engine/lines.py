@@ -1,8 +1,9 @@
 """Waiting lines: who is next among tasks that wait for the same thing.
 
-A line has bands (urgent and aged tasks before ordinary ones), a band has tenants by virtual time, a tenant has groups by virtual
-time, a group has tasks by their key. Virtual times only grow, so the heaps are lazy: an entry that is out of date is moved to its
-place when it comes to the top. A task that leaves is not searched for: its ticket is void, and its entry is dropped when met.
+A line has bands (urgent, aged and ordinary tasks; one of so many turns is the aged tasks' own), a band has tenants by virtual
+time, a tenant has groups by virtual time, a group has tasks by their key. Virtual times only grow, so the heaps are lazy: an entry
+that is out of date is moved to its place when it comes to the top. A task that leaves is not searched for: its ticket is void, and
+its entry is dropped when met.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from heapq import heapify, heappop, heappush, heapreplace
 from engine.entities import Account, Task, Tenant
 
 Rank = tuple[int, int, int, int, int, int, int]
-"""(band, tenant's virtual time, tenant, group's virtual time, group, key, sequence number): smaller is sooner."""
+"""(band, tenant's virtual time, tenant, group's virtual time, group, key, sequence number): smaller is sooner.
+
+The band is -1 for an aged task whose turn it is.
+"""
 
 Entry = tuple[int, int, int, Task]
 """(key, sequence number, ticket, task)."""
@@ -140,7 +144,8 @@ class Line:
         self.parked = parked
         self.common = (common, -1)
         """The account that ranks everyone where tenants or groups do not share fairly."""
-        self.bands: tuple[_Band, _Band] = (_Band(self), _Band(self))
+        self.bands: tuple[_Band, _Band, _Band] = (_Band(self), _Band(self), _Band(self))
+        """Urgent, aged, ordinary; the aged stand under the common account, by their key alone."""
         self.live = 0
         self.pushed = 0
         self.active = False
@@ -167,7 +172,18 @@ class Line:
         """Return who is next, with the rank to compare with other lines, or None."""
         if self.live == 0:
             return None
-        return self.bands[0].head(0) or self.bands[1].head(1)
+        urgent, aged, ordinary = self.bands
+        found = urgent.head(0) if urgent.heap else None
+        if found is None and aged.heap:
+            found = aged.head(1)
+        if found is None and ordinary.heap:
+            found = ordinary.head(2)
+        return found
+
+    def aged_head(self) -> tuple[Rank, Task] | None:
+        """Return the aged task that is next, with the rank it has when it is the turn of the aged, or None."""
+        aged = self.bands[1]
+        return aged.head(-1) if self.live and aged.heap else None
 
     def unpark(self, tenant: Tenant) -> bool:
         """Let as many of a tenant's tasks be seen again as it may run; tell whether some stay parked."""

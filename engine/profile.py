@@ -41,6 +41,8 @@ class Profile:
     """How long an urgent task waits before others are stopped for it."""
     reload_us: Micros = 30 * SECOND
     """Loss of a preemption besides the work since the last checkpoint."""
+    min_run_us: Micros = 5 * SECOND
+    """No attempt is stopped for others sooner than this after its start, and never in the step that ordered the start."""
     # elasticity
     keep_deployed: bool = True
     scale_after_us: Micros = 0

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     # moved or stopped
     CANCELLED = "cancelled"
     PREEMPTED = "preempted"
+    OUTRANKED = "outranked"
     RUN_LIMIT = "run_limit"
     GANG_FAILED = "gang_failed"
     ATTEMPTS_USED = "attempts_used"

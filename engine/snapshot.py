@@ -15,7 +15,18 @@ from engine.tasks import Estimate, FailureCause, PodState, TaskSpec, TaskState
 if TYPE_CHECKING:
     from engine.state import State
 
-_COUNTERS = ("now", "next_pod", "next_seq", "next_tenant", "next_group", "floor", "wanted_nodes", "pending", "deployed")
+_COUNTERS = (
+    "now",
+    "next_pod",
+    "next_seq",
+    "next_tenant",
+    "next_group",
+    "floor",
+    "wanted_nodes",
+    "pending",
+    "deployed",
+    "placed",
+)
 _TENANT = ("seq", "weight", "max_pending", "max_running", "pending", "running", "vtime", "credit", "floor")
 _GROUP = ("seq", "live", "pending", "placed", "vtime", "credit")
 _GPU = ("uuid", "model", "memory_bytes", "healthy", "present", "drained", "share_free", "memory_free")
@@ -150,6 +161,7 @@ def from_data(data: Plain) -> State:
     from engine.state import State
 
     state = State(from_plain(Limits, data["limits"]))
+    data["counters"].setdefault("placed", 0)  # snapshots from before placements were counted
     for name in _COUNTERS:
         setattr(state, name, data["counters"][name])
     for name, values in data["tenants"].items():

@@ -100,6 +100,8 @@ class State:
         """Terminal tasks so far, by state; rejected ones by reason as well."""
         self.pending = 0
         """Admitted tasks in PENDING or BACKOFF."""
+        self.placed = 0
+        """Attempts begun and rooms claimed so far; says whose turn it is between aged and urgent tasks."""
         self.deployed = 0
         """Grows when a deployment changes."""
         self.agenda: list[tuple[int, object]] = []

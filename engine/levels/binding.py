@@ -53,8 +53,11 @@ def _serve_kind(turn: Turn, kind: Kind) -> None:
     while awake and len(commands) < most:
         best: tuple[Rank, Task] | None = None
         first: WarmLine | None = None
+        aged_first = backlog.may_be_aged and backlog.is_turn_of_aged()
         for line in list(awake):
-            head = line.head() if kind.offers(line.need) else None
+            head = None
+            if kind.offers(line.need):
+                head = (line.aged_head() if aged_first else None) or line.head()
             if head is None:
                 backlog.sleep(line)
                 if not awake:
@@ -66,13 +69,17 @@ def _serve_kind(turn: Turn, kind: Kind) -> None:
 
 
 class Turns:
-    """Who is next among the room lines that are awake, in a lazy heap: inside a step ranks only grow, unless a line is woken."""
+    """Who is next among the room lines that are awake, in lazy heaps: inside a step ranks only grow, unless a line is woken.
 
-    __slots__ = ("_backlog", "_heap", "_order")
+    The aged stand in a heap of their own as well, for when it is their turn.
+    """
+
+    __slots__ = ("_aged", "_backlog", "_heap", "_order")
 
     def __init__(self, turn: Turn) -> None:
         self._backlog = turn.backlog
         self._heap: list[tuple[Rank, int, RoomLine]] = []
+        self._aged: list[tuple[Rank, int, RoomLine]] = []
         self._order = 0
 
     def next(self) -> tuple[RoomLine, Task] | None:
@@ -82,6 +89,10 @@ class Turns:
             for line in list(backlog.woken):
                 self._push(line)
             backlog.woken.clear()
+        if self._aged and backlog.is_turn_of_aged():
+            found = self._next_aged()
+            if found is not None:
+                return found
         while heap:
             rank, order, line = heap[0]
             head = line.head() if line.active else None
@@ -95,11 +106,27 @@ class Turns:
                 return line, head[1]
         return None
 
+    def _next_aged(self) -> tuple[RoomLine, Task] | None:
+        aged = self._aged
+        while aged:
+            rank, order, line = aged[0]
+            head = line.aged_head() if line.active else None
+            if head is None:
+                heappop(aged)
+            elif head[0] != rank:
+                heapreplace(aged, (head[0], order, line))
+            else:
+                return line, head[1]
+        return None
+
     def _push(self, line: RoomLine) -> None:
         head = line.head() if line.active else None
         if head is not None:
             self._order += 1
             heappush(self._heap, (head[0], self._order, line))
+            aged = line.aged_head() if self._backlog.may_be_aged else None
+            if aged is not None:
+                heappush(self._aged, (aged[0], self._order, line))
         elif line.active:
             self._backlog.sleep(line)
 
@@ -109,9 +136,11 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     pod = turn.backlog.pick_warm(line, task)
     if pod is None:
         return False
-    may_yield = not pod.tasks and not (turn.cold_known and turn.cold is None)
-    if may_yield and turn.profile.reclaim_idle and _yield_to_cold(turn, rank, task):
-        return True
+    if not pod.tasks and turn.profile.reclaim_idle:
+        if rank[0] >= 0 and turn.backlog.is_turn_of_aged() and _yield_to_aged(turn, task):
+            return True
+        if not (turn.cold_known and turn.cold is None) and _yield_to_cold(turn, rank, task):
+            return True
     bind_warm(turn, task, pod)
     return True
 
@@ -179,6 +208,17 @@ def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
     return other is not task and claim_room(turn, other, line)
 
 
+def _yield_to_aged(turn: Turn, task: Task) -> bool:
+    """Give an idle Pod's room to an aged task, in the turn of the aged, when none of them waits for that Pod."""
+    best: tuple[Rank, Task, RoomLine] | None = None
+    for line in turn.backlog.open_rooms:
+        if line.live and not line.active and line.members == 1:
+            head = line.aged_head()
+            if head is not None and (best is None or head[0] < best[0]):
+                best = (head[0], head[1], line)
+    return best is not None and best[1] is not task and claim_room(turn, best[1], best[2])
+
+
 def _has_pods(turn: Turn, task: Task) -> bool:
     """Tell whether Pods of the task's model are there: one of their slots may be free sooner than a new Pod is ready."""
     return (task.spec.method, task.spec.model) in turn.backlog.by_model
@@ -206,6 +246,9 @@ def reclaim(turn: Turn) -> bool:
             if head is not None:
                 waiting.append((head[0], line, head[1]))
     waiting.sort(key=lambda item: item[0])
+    if backlog.is_turn_of_aged():
+        aged = [(head[0], line, head[1]) for _, line, _ in waiting if (head := line.aged_head()) is not None]
+        waiting[:0] = sorted(aged, key=lambda item: item[0])[:1]
     made = False
     for _, line, task in waiting:
         if task.line_ticket and claim_room(turn, task, line):

@@ -1,7 +1,8 @@
 """Level 5, preemption: stop ordinary work for urgent work, only when the gain is larger than the loss.
 
 Gain: the waiting that an urgent task is saved, times its weight. Loss: the work that the stopped tasks lose, plus loading models
-again. A training keeps its checkpoint and loses little; a generation starts over. Victims wait again, and no retry is used up.
+again. A training keeps its checkpoint and loses little; a generation starts over. Victims wait again, and no retry is used up. An
+attempt that has hardly begun is let be for a while, and is never stopped in the step that ordered its start.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engine.levels.room import claim
 from engine.reasons import Reason
 from engine.resources import GpuGrant
 from engine.stopping import stop
-from engine.tasks import Micros, PodState, TaskState, TaskType
+from engine.tasks import NEVER, Micros, PodState, TaskState, TaskType
 from engine.turn import Turn
 
 MOST_VICTIMS = 64
@@ -28,6 +29,7 @@ def preempt(turn: Turn) -> None:
     if not turn.profile.preempt or not turn.backlog.urgent:
         return
     victims: list[tuple[int, int, Task]] | None = None
+    young_at: Micros = NEVER
     left = turn.limits.preemptions_per_step
     lines = [line for line in turn.backlog.room_lines.values() if line.live and not line.active and line.members == 1]
     for line in sorted(lines, key=lambda line: (repr(line.fit.demand), line.node, line.fit.empty)):
@@ -36,9 +38,10 @@ def preempt(turn: Turn) -> None:
             if head is None or not _may_preempt(turn, head[1]):
                 break
             if victims is None:
-                victims = _victims(turn)
+                victims, young_at = _victims(turn)
             stopped = _preempt_for(turn, head[1], line, victims)
             if not stopped:
+                _look_again(turn, head[1], young_at)
                 break
             left -= stopped
             victims = [v for v in victims if v[2].state in (TaskState.RUNNING, TaskState.STARTING)]
@@ -50,20 +53,36 @@ def _may_preempt(turn: Turn, task: Task) -> bool:
     return task.urgent and task.pending_since + turn.profile.preempt_patience_us <= turn.now
 
 
-def _victims(turn: Turn) -> list[tuple[int, int, Task]]:
-    """Return (loss, sequence number, task) of the tasks that may be stopped, the cheapest first."""
-    most = turn.limits.preemptions_per_task
-    found = (
-        (_loss(turn, task), task.seq, task)
-        for task in _placed(turn)
-        if task.spec.preemptible
-        and not task.urgent
-        and task.spec.members == 1
-        and task.preemptions < most
-        and task.state in (TaskState.RUNNING, TaskState.STARTING)
-        and not task.cancel_requested
-    )
-    return nsmallest(MOST_VICTIMS, found)
+def _look_again(turn: Turn, task: Task, young_at: Micros) -> None:
+    """Ask for a step when the first of the attempts that are too young to be stopped is old enough."""
+    backlog = turn.backlog
+    if young_at != NEVER and not turn.now < backlog.young_at <= young_at:
+        backlog.young_at = young_at
+        backlog.task_due(task, young_at)
+
+
+def _victims(turn: Turn) -> tuple[list[tuple[int, int, Task]], Micros]:
+    """Return (loss, sequence number, task) of the tasks that may be stopped, the cheapest first, and when there will be more."""
+    most, now = turn.limits.preemptions_per_task, turn.now
+    least = max(turn.profile.min_run_us, 1)
+    young_at = NEVER
+    found: list[tuple[int, int, Task]] = []
+    for task in _placed(turn):
+        state = task.state
+        if (
+            (state is TaskState.RUNNING or state is TaskState.STARTING)
+            and not task.urgent
+            and task.preemptions < most
+            and task.spec.preemptible
+            and task.spec.members == 1
+            and not task.cancel_requested
+        ):
+            old_at = (task.started_at or task.ordered_at) + least
+            if old_at > now:
+                young_at = min(young_at, old_at)
+            else:
+                found.append((_loss(turn, task), task.seq, task))
+    return nsmallest(MOST_VICTIMS, found), young_at
 
 
 def _placed(turn: Turn) -> Iterator[Task]:

@@ -10,6 +10,7 @@ from engine.commands import DeletePod, StartTask
 from engine.entities import Claim, Node, Pod, Task
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
+from engine.levels.ordering import AGED, ORDINARY
 from engine.making import notify
 from engine.reasons import Reason
 from engine.stopping import stop
@@ -107,10 +108,24 @@ def _pod_started(turn: Turn, pod: Pod) -> None:
         pods = [turn.state.pods[number] for number in task.pods if number]
         if len(pods) < task.spec.members or any(p.state is PodState.CREATING for p in pods):
             continue
+        if task.spec.members == 1 and _hand_over(turn, pod, task):
+            continue
         for rank, each in enumerate(pods):
             turn.order(StartTask(req_no, task.attempt, each.number, each.node.name, rank, task.checkpoint))
     if not usable and not pod.tasks:
         turn.delete(pod, Reason.DRAINED)
+
+
+def _hand_over(turn: Turn, pod: Pod, task: Task) -> bool:
+    """Let an urgent task have the slot that an ordinary one waited for: to start that one would be to stop it at once."""
+    if turn.profile.ordering.rank(task, turn.now)[0] != ORDINARY:
+        return False
+    urgent = turn.backlog.next_for(pod, AGED)
+    if urgent is None:
+        return False
+    turn.tell(task, TaskState.PENDING, Reason.OUTRANKED, f"{urgent.req_no} is urgent and takes the slot")
+    turn.order(StartTask(urgent.req_no, urgent.attempt + 1, pod.number, pod.node.name, 0, urgent.checkpoint))
+    return True
 
 
 def _doomed(turn: Turn, pod: Pod) -> None:

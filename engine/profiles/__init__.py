@@ -32,6 +32,7 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "urgent_weight": ("urgent_weight", "int"),
         "patience_s": ("preempt_patience_us", "seconds"),
         "reload_s": ("reload_us", "seconds"),
+        "min_run_s": ("min_run_us", "seconds"),
     },
     "elasticity": {
         "keep_deployed": ("keep_deployed", "bool"),
@@ -43,6 +44,7 @@ _ORDERING_FIELDS: dict[str, tuple[str, str]] = {
     "fair_tenants": ("fair_tenants", "bool"),
     "fair_groups": ("fair_groups", "bool"),
     "age_s": ("age_us", "seconds"),
+    "aged_every": ("aged_every", "int"),
     "priority_step_s": ("priority_step_us", "seconds"),
     "shortest_first": ("shortest_first", "bool"),
 }

@@ -56,16 +56,16 @@ def test_urgent_tasks_go_first_and_the_higher_priority_before_the_lower(desk: An
     assert run_through(d, started, 3) == ["u2", "u1", "t1"]
 
 
-def test_an_ordinary_task_that_has_waited_long_is_not_overtaken_by_newer_urgent_ones(
+def test_a_task_that_has_waited_long_goes_before_ordinary_ones_and_after_urgent_ones(
     desk: Any, task: Any, started: Any
 ) -> None:
     d = desk("aigc")
     d.node()
     d.answer(d.submit(task("t0")))
-    d.submit(task("old"))
+    d.step(ev.TaskSubmitted(task("old"), estimate(60)))
     d.step(after=601)
-    d.submit(task("u1", priority=URGENT_PRIORITY))
-    assert run_through(d, started, 2) == ["old", "u1"]
+    d.step(ev.TaskSubmitted(task("u1", priority=URGENT_PRIORITY)), ev.TaskSubmitted(task("new"), estimate(1)))
+    assert run_through(d, started, 3) == ["u1", "old", "new"]
 
 
 def test_the_shortest_predicted_task_of_a_group_goes_first(desk: Any, task: Any, started: Any) -> None:
@@ -421,3 +421,50 @@ def test_notifications_tell_every_visible_change(desk: Any, task: Any) -> None:
     d.finish("t")
     news = [(str(c.state), c.node, c.result) for c in d.orders if isinstance(c, Notify)]
     assert news == [("pending", "", ""), ("bound", "n1", ""), ("running", "n1", ""), ("finished", "", "out")]
+
+
+def test_an_urgent_task_takes_the_slot_that_an_ordinary_one_waited_for(desk: Any, task: Any, started: Any) -> None:
+    d = desk("aigc")
+    d.node()
+    create = d.submit(task("slow"))
+    d.submit(task("other", model="x", priority=URGENT_PRIORITY), task("urgent", priority=URGENT_PRIORITY), after=9)
+    pod = next(c.pod for c in create if isinstance(c, CreatePod))
+    orders = d.step(ev.PodStarted(pod))
+    assert started(orders) == ["urgent"]
+    assert not [c for c in orders if isinstance(c, StopTask)]
+    slow = d.engine.state.tasks["slow"]
+    assert (slow.state, slow.failures, slow.preemptions) == ("pending", 0, 0)
+
+
+@pytest.mark.parametrize("profile", ["fifo", "kube-default"])
+def test_a_profile_without_bands_hands_no_slot_over(desk: Any, task: Any, started: Any, profile: str) -> None:
+    d = desk(profile)
+    d.node()
+    create = d.submit(task("slow"))
+    d.submit(task("urgent", priority=URGENT_PRIORITY))
+    assert started(d.step(ev.PodStarted(next(c.pod for c in create if isinstance(c, CreatePod))))) == ["slow"]
+
+
+def test_an_aged_task_keeps_the_slot_it_waited_for(desk: Any, task: Any, started: Any) -> None:
+    d = desk("aigc")
+    d.node()
+    create = d.submit(task("slow"))
+    d.submit(task("urgent", priority=URGENT_PRIORITY))
+    d.step(after=600)
+    assert started(d.step(ev.PodStarted(next(c.pod for c in create if isinstance(c, CreatePod))))) == ["slow"]
+
+
+def test_no_attempt_is_stopped_for_others_before_it_has_run_a_little(desk: Any, task: Any) -> None:
+    d = desk("aigc")
+    d.node()
+    create = d.step(ev.TaskSubmitted(task("slow"), estimate(600)))
+    d.answer(create, start=False)
+    d.step(ev.TaskSubmitted(task("urgent", priority=URGENT_PRIORITY), estimate(20)), after=0.1)
+    d.step(ev.TaskStarted("slow", 1), after=2)
+    begun = d.seconds
+    while not (stops := [c for c in d.orders if isinstance(c, StopTask)]):
+        assert d.engine.wakeup_at is not None
+        assert d.engine.wakeup_at <= (begun + 5) * SECOND
+        d.step(after=max(d.engine.wakeup_at / SECOND - d.seconds, 0.001))
+    assert d.seconds == pytest.approx(begun + 5)
+    assert [c.req_no for c in stops] == ["slow"]
