@@ -20,10 +20,8 @@ class GatewayClient:
     """
 
     def __init__(self, url: str = "", key: str = "", state_dir: Path = Path("aigc-state")) -> None:
-        try:
-            import httpx
-        except ImportError:
-            fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
+        import httpx
+
         self._httpx = httpx
         self.url = (url or os.environ.get("AIGC_URL") or _read(state_dir / "url") or "http://127.0.0.1:8080").rstrip(
             "/"

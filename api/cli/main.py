@@ -7,9 +7,10 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from api.cli import jobs, models, nodes, operate, predict, replay, requests, simulate
-from api.cli.output import Exit, err, out
+from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
 
 app = typer.Typer(
@@ -57,7 +58,12 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigurationError as error:
-        err.print(f"[red]error:[/red] {error}")
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(Exit.USAGE)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] in {"api", "engine", "executors", "predictors", "sim"}:
+            raise
+        err.print(f"[red]error:[/red] {escape(missing_extra(error.name))}", soft_wrap=True)
         sys.exit(Exit.USAGE)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)

@@ -269,10 +269,8 @@ def _settings(
 
 
 def _keys(config: Path | None, state_dir: Path | None) -> Any:
-    try:
-        from api.parts import open_keys
-    except ImportError:
-        fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
+    from api.parts import open_keys
+
     return open_keys(_settings(config, state_dir))
 
 

@@ -12,9 +12,14 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+EXECUTOR_MODULES = frozenset(
+    {"torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "peft", "pynvml"}
+)
+"""Modules that only the extra `executors` brings; every other optional one comes with `api` too."""
 PIPED_COLUMNS = 160
 """Width of tables that go to a file or another program, where nobody said how wide it is."""
 
@@ -47,8 +52,15 @@ class Exit(IntEnum):
 
 def fail(message: str, code: Exit = Exit.FAILED) -> NoReturn:
     """Say what is wrong on stderr and exit."""
-    err.print(f"[red]error:[/red] {message}", markup=True, soft_wrap=True)
+    err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(int(code))
+
+
+def missing_extra(module: str) -> str:
+    """Return what to install for a module that is not there."""
+    top = module.partition(".")[0]
+    extra = "executors" if top in EXECUTOR_MODULES else "api"
+    return f"this command needs {top}, which comes with the extra `{extra}`: pip install 'aigc-platform[{extra}]'"
 
 
 def print_json(value: Any) -> None:

@@ -23,11 +23,8 @@ def replay(
 
     Example: `aigc replay aigc-state/journal.db --from-start`
     """
-    try:
-        from api.sm.journal import JournalCorrupt, read_journal
-        from api.sm.process import LIMITS
-    except ImportError:
-        fail("this command needs the extra `api`: pip install 'aigc-platform[api]'", Exit.USAGE)
+    from api.sm.journal import JournalCorrupt, read_journal
+    from api.sm.process import LIMITS
     from engine import profiles
     from engine.replay import replay as decide_again
 

@@ -39,6 +39,11 @@ def simulate(
     """
     from sim import simulate as simulation
 
+    if trace is not None and not trace.is_file():
+        fail(
+            f"--trace: {trace} does not exist; give the path of a trace, or leave it out for a synthetic workload",
+            Exit.UNREACHABLE,
+        )
     try:
         config = simulation.SimulationConfig(
             trace=trace,
