@@ -7,7 +7,20 @@ import sys
 
 import pytest
 
-OPTIONAL = "torch diffusers fastapi uvicorn zmq msgspec httpx structlog obstore jwt prometheus_client".split()
+WEB = ("fastapi", "uvicorn", "httpx", "structlog", "jwt", "prometheus_client")
+OPTIONAL = (*WEB, "torch", "diffusers", "zmq", "msgspec", "obstore")
+    "torch",
+    "diffusers",
+    "fastapi",
+    "uvicorn",
+    "zmq",
+    "msgspec",
+    "httpx",
+    "structlog",
+    "obstore",
+    "jwt",
+    "prometheus_client",
+]
 BLOCK = f"""
 import sys
 class Absent:
