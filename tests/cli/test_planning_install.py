@@ -9,18 +9,6 @@ import pytest
 
 WEB = ("fastapi", "uvicorn", "httpx", "structlog", "jwt", "prometheus_client")
 OPTIONAL = (*WEB, "torch", "diffusers", "zmq", "msgspec", "obstore")
-    "torch",
-    "diffusers",
-    "fastapi",
-    "uvicorn",
-    "zmq",
-    "msgspec",
-    "httpx",
-    "structlog",
-    "obstore",
-    "jwt",
-    "prometheus_client",
-]
 BLOCK = f"""
 import sys
 class Absent:
