@@ -10,13 +10,17 @@ import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from engine.commands import Command
 from engine.events import Event
+from engine.resources import Demand
 
 VERSION: Final = 1
+MOST_KNOWN: Final = 4_096
+"""Demands that are kept to be shared."""
 
 Plain = Any
 """None, bool, int, float, str, list or dict of these."""
@@ -83,30 +87,37 @@ def untagged(plain: list[Plain]) -> Event | Command:
 
 def to_plain(value: Any) -> Plain:
     """Return a dataclass, tuple, enum or scalar as plain data."""
-    if value is None or isinstance(value, bool | int | float):
+    kind = type(value)
+    if kind in _AS_IT_IS:
         return value
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, tuple):
-        return [to_plain(each) for each in value]
-    writers = _writers(type(value))
+    if isinstance(value, bool | int | float):
+        return value
+    if kind is tuple or isinstance(value, tuple):
+        return [each if type(each) in _AS_IT_IS else to_plain(each) for each in value]
+    names, defaults, get = _WRITERS.get(kind) or _writers(kind)
     plain = {}
-    for name, default in writers:
-        field = getattr(value, name)
-        if default is MISSING or field != default:
-            plain[name] = to_plain(field)
+    for name, default, field in zip(names, defaults, get(value), strict=True):
+        if field is not default and (default is MISSING or field != default):
+            plain[name] = field if type(field) in _AS_IT_IS else to_plain(field)
     return plain
 
 
-_WRITERS: dict[type, list[tuple[str, Any]]] = {}
+_AS_IT_IS = frozenset((NoneType, bool, int, float, str))
+_Writer = tuple[tuple[str, ...], tuple[Any, ...], Callable[[Any], tuple[Any, ...]]]
+"""Names, defaults, and what gets all values of a dataclass at once."""
+_WRITERS: dict[type, _Writer] = {}
 
 
-def _writers(kind: type) -> list[tuple[str, Any]]:
+def _writers(kind: type) -> _Writer:
     found = _WRITERS.get(kind)
     if found is None:
         if not is_dataclass(kind):
             raise CodecError(f"{kind.__name__} cannot be written; use dataclasses, tuples, texts and numbers")
-        found = _WRITERS[kind] = [(f.name, _default(f)) for f in fields(kind)]
+        names = tuple(f.name for f in fields(kind))
+        get = attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, name) for name in names)
+        found = _WRITERS[kind] = (names, tuple(_default(f) for f in fields(kind)), get)
     return found
 
 
@@ -155,26 +166,36 @@ def _scalar_reader(kind: Any) -> Reader:
 
 
 def _enum_reader(kind: type[StrEnum]) -> Reader:
+    members = {str(each): each for each in kind}
+
     def read(plain: Plain, where: str) -> Any:
-        try:
-            return kind(plain)
-        except ValueError:
-            raise CodecError(f"{where}: {plain!r} is none of {', '.join(kind)}") from None
+        found = members.get(plain) if type(plain) is str else None
+        if found is None:
+            raise CodecError(f"{where}: {plain!r} is none of {', '.join(kind)}")
+        return found
 
     return read
 
 
 def _tuple_reader(kinds: tuple[Any, ...]) -> Reader:
     many = len(kinds) == 2 and kinds[1] is Ellipsis
+    ready = [_ready_types(each) for each in kinds]
 
     def read(plain: Plain, where: str) -> Any:
         if not isinstance(plain, list):
             raise CodecError(f"{where}: {plain!r} is no list")
+        inside = f"{where}[]"
         if many:
-            return tuple(from_plain(kinds[0], each, f"{where}[]") for each in plain)
+            each_kind = kinds[0]
+            return tuple([from_plain(each_kind, each, inside) for each in plain])
         if len(plain) != len(kinds):
             raise CodecError(f"{where}: {len(plain)} entries instead of {len(kinds)}")
-        return tuple(from_plain(each, value, f"{where}[]") for each, value in zip(kinds, plain, strict=True))
+        return tuple(
+            [
+                value if type(value) in types else from_plain(each, value, inside)
+                for each, types, value in zip(kinds, ready, plain, strict=True)
+            ]
+        )
 
     return read
 
@@ -198,18 +219,40 @@ def _union_reader(kinds: tuple[Any, ...]) -> Reader:
 def _dataclass_reader(kind: Any) -> Reader:
     hints = get_type_hints(kind)
     required = {f.name for f in fields(kind) if _default(f) is MISSING}
+    ready: dict[str, tuple[type, ...]] = {name: _ready_types(hint) for name, hint in hints.items()}
+    known: dict[str, Any] = {}
+    shared = kind is Demand
 
     def read(plain: Plain, where: str) -> Any:
         if not isinstance(plain, dict):
             raise CodecError(f"{where}: {plain!r} is no set of fields")
+        if shared:  # thousands of tasks ask for the same: one value serves them all
+            key = repr(plain)
+            if key not in known:
+                if len(known) >= MOST_KNOWN:
+                    known.clear()
+                known[key] = read_anew(plain, where)
+            return known[key]
+        return read_anew(plain, where)
+
+    def read_anew(plain: dict[str, Plain], where: str) -> Any:
         values = {}
         for name, value in plain.items():
             if name not in hints:
                 raise CodecError(f"{where}.{name}: there is no such field in version {VERSION}")
-            values[name] = from_plain(hints[name], value, f"{where}.{name}")
+            if type(value) in ready[name]:
+                values[name] = value
+            else:
+                values[name] = from_plain(hints[name], value, f"{where}.{name}")
         lacking = required - values.keys()
         if lacking:
             raise CodecError(f"{where}: the field {min(lacking)} is missing")
         return kind(**values)
 
     return read
+
+
+def _ready_types(hint: Any) -> tuple[type, ...]:
+    """Return the types whose plain values are a field's values as they are: most fields, so they are spared a reader's call."""
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(each for each in hints if each in (str, int, float, bool, NoneType))

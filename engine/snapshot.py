@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from engine import codec
@@ -60,6 +61,11 @@ _TASK = (
     "alone",
 )
 
+_GETTERS: dict[tuple[str, ...], attrgetter[tuple[Any, ...]]] = {
+    names: attrgetter(*names) for names in (_TENANT, _GROUP, _GPU, _POD, _TASK)
+}
+_TASK_SETTERS = [getattr(Task, name).__set__ for name in _TASK]
+
 
 def take(state: State) -> bytes:
     """Return a snapshot of a state between two steps."""
@@ -74,7 +80,9 @@ def restore(snapshot: bytes) -> State:
     codec.check_version(plain[0])
     try:
         return from_data(plain[1])
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except codec.CodecError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise codec.CodecError(f"the snapshot is damaged: {error!r}") from error
 
 
@@ -113,7 +121,7 @@ def to_data(state: State) -> Plain:
 
 
 def _get(item: Any, names: tuple[str, ...]) -> list[Plain]:
-    return [getattr(item, name) for name in names]
+    return list(_GETTERS[names](item))
 
 
 def _set(item: Any, names: tuple[str, ...], values: list[Plain]) -> None:
@@ -242,7 +250,8 @@ def _restore_task(state: State, data: Plain) -> None:
     estimate = None if data["estimate"] is None else from_plain(Estimate, data["estimate"])
     tenant = state.tenants[spec.tenant]
     task = Task(spec, 0, tenant, None, 0, estimate)
-    _set(task, _TASK, data["values"])
+    for put, value in zip(_TASK_SETTERS, data["values"], strict=True):
+        put(task, value)
     if spec.group:
         task.group = state.groups.get((spec.tenant, spec.group)) or Group(tenant, spec.group, -1)
     task.state = TaskState(data["state"])
