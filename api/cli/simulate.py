@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,9 @@ def simulate(
     profile: Annotated[str, typer.Option(help="Scheduling profile: a name, or a TOML file.")] = "aigc",
     compare: Annotated[str, typer.Option(help="Profiles to run side by side: fifo,kube-default,aigc")] = "",
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="With --compare: repeat over so many seeds; differences get intervals.")
+    ] = 1,
     forecaster: Annotated[str, typer.Option(help="online, declared or oracle.")] = "online",
     rate_scale: Annotated[float, typer.Option(help="Multiply the arrival rate.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N tasks.")] = None,
@@ -37,6 +41,7 @@ def simulate(
 
     Example: `aigc simulate --trace lora_request_trace.csv --nodes 8 --compare fifo,kube-default,aigc --html report.html`
     """
+    from sim import paired
     from sim import simulate as simulation
 
     if trace is not None and not trace.is_file():
@@ -59,19 +64,29 @@ def simulate(
             mtbf_hours=mtbf_hours,
         )
         names = [name.strip() for name in compare.split(",") if name.strip()]
+        if seeds > 1 and len(names) < 2:
+            fail("--seeds: intervals are of differences; name two profiles or more with --compare", Exit.USAGE)
         with progress_bar("simulating") as update:
-            results = simulation.compare(config, names, update) if names else [simulation.simulate(config, update)]
+            if seeds > 1:
+                results, differences = paired.compare_over_seeds(config, names, seeds, update)
+            else:
+                results = simulation.compare(config, names, update) if names else [simulation.simulate(config, update)]
+                differences = []
     except FileNotFoundError as error:
         fail(str(error), Exit.UNREACHABLE)
     except ValueError as error:
         fail(str(error), Exit.USAGE)
-    if as_json:
+    if as_json and differences:
+        print_json({"runs": [run.to_json() for run in results], "differences": [asdict(each) for each in differences]})
+    elif as_json:
         print_json([result.to_json() for result in results] if names else results[0].to_json())
     else:
-        out.print(simulation.render_table(results))
+        out.print(simulation.render_table(results[: len(names) or 1]))
+        if differences:
+            out.print(paired.render_differences(differences, names[0]))
     if output is not None:
         simulation.write_json(results, output)
         err.print(f"result written to {output}")
     if html is not None:
-        simulation.write_html(results, html)
+        simulation.write_html(results[: len(names) or 1], html)
         err.print(f"report written to {html}")
