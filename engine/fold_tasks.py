@@ -50,7 +50,11 @@ def charge(state: State, task: Task) -> None:
     tenant, group = task.tenant, task.group
     if tenant.vtime > state.floor:
         state.floor = tenant.vtime
-    tenant.spend(cost * 1000 // tenant.weight)
+    left = tenant.credit - cost * 1000 // tenant.weight  # as Account.spend, without the call
+    if left < 0:
+        tenant.vtime -= left
+        left = 0
+    tenant.credit = left
     if group is not None:
         if group.vtime > tenant.floor:
             tenant.floor = group.vtime

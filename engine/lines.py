@@ -154,7 +154,13 @@ class Line:
         """Add a task under its ticket, and under the accounts that rank it."""
         self.live += 1
         self.pushed += 1
-        self.bands[band].push(entry, tenant, tenant_seq, group, group_seq)
+        into = self.bands[band]
+        tenants = into.by_tenant.get(tenant_seq)
+        tasks = tenants.by_group.get(group_seq) if tenants is not None else None
+        if tasks is not None:
+            heappush(tasks, entry)
+        else:
+            into.push(entry, tenant, tenant_seq, group, group_seq)
         if self.pushed > 64 + 2 * self.live:
             self.compact()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.entities import Task
 from engine.fit import possible
 from engine.kinds import Shape
+from engine.making import notify
 from engine.reasons import Reason
 from engine.resources import WHOLE_GPU, Demand
 from engine.tasks import Affinity, TaskSpec, TaskState
@@ -15,7 +16,7 @@ def admit(turn: Turn, task: Task) -> None:
     """Admit or reject a task that was submitted."""
     refusal = _refusal(turn, task)
     if refusal is None:
-        turn.tell(task, TaskState.PENDING)
+        turn.order(notify(task.req_no, TaskState.PENDING, task.attempt, turn.now))
     else:
         reason, detail = refusal
         turn.tell(task, TaskState.REJECTED, reason, detail)
