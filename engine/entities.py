@@ -99,6 +99,7 @@ class Node:
 
     __slots__ = (
         "by_uuid",
+        "cordoned",
         "draining",
         "exclusive",
         "free",
@@ -117,7 +118,10 @@ class Node:
         self.index = index
         self.spec = spec
         self.up = True
+        self.cordoned = False
+        """An operator drained it; it stays so, even through a restart, until an operator says otherwise."""
         self.draining = False
+        """Takes nothing new: it is cordoned, or its agent is about to leave."""
         self.exclusive: Group | None = None
         """The group that has the node for itself."""
         self.gpus: list[Gpu] = []

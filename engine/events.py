@@ -81,6 +81,8 @@ class NodeDrainRequested:
 
     node: str
     gpu: str | None = None
+    leaving: bool = False
+    """The node drains itself because its agent is about to end; it takes work again when it joins again."""
 
 
 @dataclass(frozen=True, slots=True)

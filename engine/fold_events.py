@@ -120,19 +120,21 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
 
 def drain_requested(state: State, now: Micros, e: ev.NodeDrainRequested) -> None:
     """Nothing new starts on the node or GPU; groups bound to a draining node go elsewhere."""
-    _set_drain(state, e, e.node, e.gpu, True)
+    if _set_drain(state, e, e.node, e.gpu, True) and e.gpu is None and not e.leaving:
+        state.cluster.by_name[e.node].cordoned = True
 
 
 def node_uncordoned(state: State, now: Micros, e: ev.NodeUncordoned) -> None:
     """The node or GPU takes work again."""
-    _set_drain(state, e, e.node, e.gpu, False)
+    if _set_drain(state, e, e.node, e.gpu, False) and e.gpu is None:
+        state.cluster.by_name[e.node].cordoned = False
 
 
-def _set_drain(state: State, event: ev.Event, name: str, uuid: str | None, drain: bool) -> None:
+def _set_drain(state: State, event: ev.Event, name: str, uuid: str | None, drain: bool) -> bool:
     node = state.cluster.by_name.get(name)
     if node is None or (uuid is not None and uuid not in node.by_uuid):
         state.ignore(event)
-        return
+        return False
     if uuid is None:
         node.draining = drain
         if drain:
@@ -141,6 +143,7 @@ def _set_drain(state: State, event: ev.Event, name: str, uuid: str | None, drain
     else:
         node.by_uuid[uuid].drained = drain
     _touch(state, node)
+    return True
 
 
 def _touch(state: State, node: Node) -> None:
@@ -166,6 +169,7 @@ def node_joined(state: State, now: Micros, e: ev.NodeJoined) -> None:
         for pod in [p for p in node.pods.values() if p.number not in e.pods]:
             pod_gone(state, now, pod, FailureCause.NODE_LOST, "its node was restarted")
         node.up = True
+        node.draining = node.cordoned
         state.cluster.describe(node, e.node)
         _doom_pods(state, node)
     for number in e.pods:

@@ -69,6 +69,8 @@ def _arrays(state: State) -> list[str]:
             wrong.append(f"node {node.name}: the array of GPU shares differs")
         if bool(cluster.is_open[row]) != (node.up and not node.draining):
             wrong.append(f"node {node.name}: the array of open nodes differs")
+        if node.cordoned and not node.draining:
+            wrong.append(f"node {node.name}: it is cordoned and yet takes work")
         if cluster.pods[row] != len(node.pods):
             wrong.append(f"node {node.name}: the array of Pod counts differs")
     return wrong

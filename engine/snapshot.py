@@ -134,6 +134,7 @@ def _node(node: Node) -> Plain:
         "spec": to_plain(node.spec),
         "up": node.up,
         "draining": node.draining,
+        "cordoned": node.cordoned,
         "exclusive": node.exclusive.seq if node.exclusive is not None else -1,
         "gpus": [_get(gpu, _GPU) for gpu in node.gpus],
         "free": node.free,
@@ -218,6 +219,7 @@ def _restore_nodes(state: State, data: Plain, by_seq: dict[int, Group]) -> None:
     for each in data["nodes"]:
         node = cluster.add(from_plain(NodeSpec, each["spec"]))
         node.up, node.draining = each["up"], each["draining"]
+        node.cordoned = each.get("cordoned", node.draining)
         if each["exclusive"] >= 0:
             node.exclusive = by_seq[each["exclusive"]]
         node.gpus.clear()

@@ -157,7 +157,7 @@ class Controller:
             case m.Drain():
                 if link.stage is Stage.JOINED and not link.draining:
                     link.draining = True
-                    self._events.append(e.NodeDrainRequested(link.name))
+                    self._events.append(e.NodeDrainRequested(link.name, leaving=True))
             case m.Bye():
                 self._lose(link, "the node left")
             case m.Nack():
@@ -357,9 +357,7 @@ class Controller:
         for pod in before:
             if pod not in link.pods:
                 self._pod_node.pop(pod, None)
-        if link.draining:
-            link.draining = False
-            events.append(e.NodeUncordoned(link.name))
+        link.draining = False
         events.extend(self._reorder(link))
         self._dirty[link.name] = link
         return events

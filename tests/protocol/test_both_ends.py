@@ -347,7 +347,7 @@ def test_a_node_that_leaves_drains_deletes_its_idle_pods_and_says_bye() -> None:
     pair = Pair().running()
     pair.agent.leave(pair.now)
     pair.exchange()
-    assert pair.step() == [e.NodeDrainRequested("n")]
+    assert pair.step() == [e.NodeDrainRequested("n", leaving=True)]
     pair.agent.report(pair.now, m.Done("r", 1))
     for _ in range(3):
         pair.now += HEARTBEAT_US
@@ -362,7 +362,7 @@ def test_a_node_that_leaves_drains_deletes_its_idle_pods_and_says_bye() -> None:
     assert [type(event) for event in pair.step()] == [e.NodeLost]
 
 
-def test_a_node_that_left_and_comes_back_is_uncordoned() -> None:
+def test_a_node_that_left_and_comes_back_joins_and_that_ends_its_own_drain() -> None:
     pair = Pair().joined()
     pair.agent.leave(pair.now)
     pair.exchange()
@@ -373,7 +373,7 @@ def test_a_node_that_left_and_comes_back_is_uncordoned() -> None:
     pair.now += 2 * SECOND
     pair.exchange()
     pair.step()
-    assert [type(event) for event in pair.events[-2:]] == [e.NodeJoined, e.NodeUncordoned]
+    assert [type(event) for event in pair.events][-2:] == [e.NodeLost, e.NodeJoined]
 
 
 def test_a_pod_takes_no_more_attempts_than_its_slots_and_one_ahead() -> None:
