@@ -136,7 +136,7 @@ def _client(settings: Settings) -> GatewayClient:
 def _play(
     client: GatewayClient, supervisor: Supervisor, pictures: Sequence[Path], output: Path, steps: int
 ) -> dict[str, Any]:
-    _until(lambda: len(client.request("GET", "/v1/nodes")["data"]) == len(NODES), "both nodes join", 60)
+    wait_until(lambda: len(client.request("GET", "/v1/nodes")["data"]) == len(NODES), "both nodes join", 60)
     wanted = wishes()
     with _live(client) as watch:
         training = submit(
@@ -344,7 +344,8 @@ def contact_sheet(subject: Sequence[Path], wanted: Sequence[Wish], to: Path) -> 
     return to
 
 
-def _until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    """Wait until a condition holds; raises DemoFailed when it does not within the time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api.cli.main import app
-from api.demo import _until, running_platform
+from api.demo import running_platform, wait_until
 from api.supervisor import Supervisor
 
 
@@ -38,7 +38,7 @@ class Platform:
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
         """Wait until a condition holds."""
-        _until(condition, what, seconds)
+        wait_until(condition, what, seconds)
 
 
 @pytest.fixture(scope="session")

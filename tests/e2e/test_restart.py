@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from api.cli.client import GatewayClient
-from api.demo import _until
+from api.demo import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -69,13 +69,15 @@ def test_what_was_accepted_before_ctrl_c_is_done_after_the_next_start(tmp_path: 
         long = first.request("POST", "/v1/jobs", json={"method": "sleep", "parameters": {"seconds": 30, "steps": 300}})[
             "req_no"
         ]
-        _until(lambda: first.request("GET", f"/v1/jobs/{jobs[0]}")["state"] == "finished", "the first job finishes", 60)
+        wait_until(
+            lambda: first.request("GET", f"/v1/jobs/{jobs[0]}")["state"] == "finished", "the first job finishes", 60
+        )
     finally:
         first.interrupt()
     second = Up(state)
     try:
         for req_no in jobs:
-            _until(
+            wait_until(
                 lambda req_no=req_no: second.request("GET", f"/v1/jobs/{req_no}")["state"] == "finished",
                 f"{req_no} finishes",
                 60,
