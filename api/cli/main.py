@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from api.cli import jobs, models, nodes, operate, predict, replay, requests, simulate
+from api.cli import jobs, models, nodes, operate, predict, replay, reproduce, requests, simulate
 from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
 
@@ -36,6 +36,7 @@ app.add_typer(nodes.app, name="nodes")
 app.add_typer(models.app, name="models")
 app.add_typer(operate.keys_app, name="keys")
 app.command()(replay.replay)
+app.add_typer(reproduce.app, name="reproduce")
 
 
 def _show_version(wanted: bool) -> None:
