@@ -73,7 +73,7 @@ def compare_over_seeds(
                 ]
             except KeyError:
                 continue
-            found.append(_difference(profile, name, pairs))
+            found.append(difference(profile, name, pairs))
     return runs, found
 
 
@@ -90,13 +90,19 @@ def render_differences(differences: Sequence[Difference], baseline: str) -> Tabl
     return table
 
 
-def _difference(profile: str, name: str, pairs: Sequence[tuple[float, float]]) -> Difference:
+def student_95(degrees: int) -> float:
+    """Return the two-sided 95% quantile of Student's t; `degrees` of freedom, at least 1."""
+    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+
+
+def difference(profile: str, name: str, pairs: Sequence[tuple[float, float]]) -> Difference:
+    """Return the mean of the differences of (baseline, profile) pairs, one per seed and at least two, with its interval."""
     count = len(pairs)
     gaps = [other - base for base, other in pairs]
     mean = sum(gaps) / count
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (count - 1))
-    student = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-    return Difference(profile, name, sum(base for base, _ in pairs) / count, mean, student * spread / math.sqrt(count))
+    half_width = student_95(count - 1) * spread / math.sqrt(count)
+    return Difference(profile, name, sum(base for base, _ in pairs) / count, mean, half_width)
 
 
 def _part(on_progress: Progress | None, number: int, count: int) -> Progress | None:

@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 
 from sim.configuration import ConfigError, SimulationConfig
-from sim.paired import Difference, _difference, compare_over_seeds, render_differences
+from sim.paired import Difference, compare_over_seeds, difference, render_differences
 
 CONFIG = SimulationConfig(synthetic_tasks=250, nodes=1, gpus_per_node=4, rate_scale=30, forecaster="declared")
 
 
 def test_an_interval_is_students_own():
-    found = _difference("b", "m", [(10.0, 9.0), (20.0, 18.0), (30.0, 27.0)])
+    found = difference("b", "m", [(10.0, 9.0), (20.0, 18.0), (30.0, 27.0)])
     assert found.mean == pytest.approx(-2.0)
     assert found.baseline_mean == pytest.approx(20.0)
     assert found.half_width == pytest.approx(4.30 * 1.0 / 3**0.5)
