@@ -10,9 +10,9 @@ from typing import Any
 
 from sim import gentd26, own_tasks, synthetic
 from sim.faults import Fault, FaultPlan
-from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster
+from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster, pooled
 from sim.synthetic import SyntheticConfig
-from sim.workload import Workload, WorkloadError, declared, demanding
+from sim.workload import Workload, WorkloadError, declared, demanding, with_models
 
 FORECASTERS = ("online", "declared", "oracle", "none")
 _HOUR_US = 3_600_000_000
@@ -61,6 +61,15 @@ class SimulationConfig:
     gpu_mttr_minutes: float = 240.0
     attempt_crash_ppm: int = 0
     faults: tuple[Fault, ...] = ()
+    pools: tuple[tuple[str, int], ...] = ()
+    """A mixed cluster: GPU model and number of its GPUs, in nodes of `gpus_per_node` of which the last may be smaller.
+    Empty: `nodes` full nodes of `gpu_model`."""
+    reference_gpu: str = "a100"
+    """GPU model that the workload's run times hold on."""
+    load_scale: float = 1.0
+    """Loads of models and adapters take so many times as long."""
+    model_scale: float = 1.0
+    """So many times as many different models are asked for (`sim.workload.with_models`)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -73,13 +82,31 @@ class SimulationConfig:
             raise ConfigError(f"limit: must be at least 1, got {self.limit}; leave it out to take every task")
         if self.gpu_model not in GPU_MODELS:
             raise ConfigError(f"gpu_model: unknown {self.gpu_model!r}; known are {', '.join(sorted(GPU_MODELS))}")
+        for model, count in self.pools:
+            if model not in GPU_MODELS:
+                raise ConfigError(f"pools: unknown GPU model {model!r}; known are {', '.join(sorted(GPU_MODELS))}")
+            if count < 1:
+                raise ConfigError(f"pools: {model} needs at least 1 GPU, got {count}; leave out what is not there")
+        if self.reference_gpu not in GPU_MODELS:
+            raise ConfigError(
+                f"reference_gpu: unknown {self.reference_gpu!r}; known are {', '.join(sorted(GPU_MODELS))}"
+            )
         if self.family not in FAMILIES:
             raise ConfigError(f"family: unknown {self.family!r}; known are {', '.join(sorted(FAMILIES))}")
         if self.forecaster not in FORECASTERS:
             raise ConfigError(f"forecaster: unknown {self.forecaster!r}; known are {', '.join(FORECASTERS)}")
         if not 0 <= self.urgent_share <= 1:
             raise ConfigError(f"urgent_share: must lie between 0 and 1, got {self.urgent_share}")
-        for name in ("rate_scale", "mttr_minutes", "gpu_mttr_minutes", "until_hours", "mtbf_hours", "gpu_mtbf_hours"):
+        for name in (
+            "rate_scale",
+            "mttr_minutes",
+            "gpu_mttr_minutes",
+            "until_hours",
+            "mtbf_hours",
+            "gpu_mtbf_hours",
+            "load_scale",
+            "model_scale",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 raise ConfigError(f"{name}: must be greater than 0 and below 1e9, got {value}")
@@ -103,7 +130,12 @@ class SimulationConfig:
 
     def hardware(self) -> Hardware:
         """Return the cluster."""
-        return Hardware(cluster(self.nodes, self.gpus_per_node, self.gpu_model), family=self.family)
+        if self.pools:
+            nodes = pooled(self.pools, self.gpus_per_node)
+        else:
+            nodes = cluster(self.nodes, self.gpus_per_node, self.gpu_model)
+        hardware = Hardware(nodes, family=self.family, reference_gpu=self.reference_gpu)
+        return hardware if self.load_scale == 1 else hardware.loading(self.load_scale)
 
     def fault_plan(self) -> FaultPlan:
         """Return what will break."""
@@ -130,7 +162,7 @@ class SimulationConfig:
             )
         if self.forecaster == "declared":
             workload = declared(workload, self.declared_sigma, self.seed)
-        return workload.scaled(self.rate_scale)
+        return with_models(workload, self.model_scale).scaled(self.rate_scale)
 
     def _service_workload(self) -> Workload:
         if self.trace is not None:

@@ -8,7 +8,8 @@ bimodal, warm below 6 s and cold between 20 and 45 s, which falls out of where t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import SECOND, Micros, TaskSpec
@@ -168,6 +169,16 @@ class Hardware:
             total += self.fetch_us(size_bytes)
         return total
 
+    def loading(self, scale: float) -> Hardware:
+        """Return the same cluster with loads of models and adapters that take `scale` times as long."""
+        return replace(
+            self,
+            remote_bytes_per_s=max(1, round(self.remote_bytes_per_s / scale)),
+            disk_bytes_per_s=max(1, round(self.disk_bytes_per_s / scale)),
+            memory_bytes_per_s=max(1, round(self.memory_bytes_per_s / scale)),
+            lora_load_us=round(self.lora_load_us * scale),
+        )
+
     def speed(self, gpu_model: str) -> float:
         """How many times as fast as the reference GPU."""
         if gpu_model == self.reference_gpu or gpu_model not in self.gpu_models:
@@ -243,4 +254,29 @@ def cluster(
         name = f"node-{number:0{width}d}"
         gpus = tuple(GpuSpec(f"{name}-gpu-{index}", gpu.name, gpu.memory_bytes) for index in range(gpus_per_node))
         made.append(NodeSpec(name, gpus, cpu_cores * 1000, memory_bytes, disk_bytes, network_bps=10_000_000_000))
+    return tuple(made)
+
+
+def pooled(pools: Sequence[tuple[str, int]], gpus_per_node: int) -> tuple[NodeSpec, ...]:
+    """Describe a mixed cluster from (GPU model, number of GPUs) pairs, in machines of up to `gpus_per_node` GPUs.
+
+    The last machine of a pool takes the GPUs that are left. Every GPU brings an eighth of what `cluster` gives a machine of eight.
+    """
+    if gpus_per_node < 1:
+        raise HardwareError(f"gpus_per_node: must be at least 1, got {gpus_per_node}")
+    made = []
+    for model, count in pools:
+        if model not in GPU_MODELS:
+            raise HardwareError(f"pools: unknown GPU model {model!r}; known are {', '.join(sorted(GPU_MODELS))}")
+        nodes = -(-count // gpus_per_node)
+        width = max(3, len(str(nodes)))
+        for number in range(nodes):
+            here = min(gpus_per_node, count - number * gpus_per_node)
+            name = f"{model}-{number:0{width}d}"
+            gpus = tuple(GpuSpec(f"{name}-gpu-{index}", model, GPU_MODELS[model].memory_bytes) for index in range(here))
+            made.append(
+                NodeSpec(
+                    name, gpus, here * 12_000, here * 128 * GIB, here * 512 * GIB, network_bps=here * 1_250_000_000
+                )
+            )
     return tuple(made)

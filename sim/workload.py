@@ -7,6 +7,7 @@ for the oracle, against which predictions are measured.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -144,3 +145,29 @@ def declared(workload: Workload, sigma: float, seed: int) -> Workload:
             arrival = replace(arrival, task=replace(task, declared_us=-(-round(guess) // step) * step))
         arrivals.append(arrival)
     return replace(workload, arrivals=tuple(arrivals), notes=(*workload.notes, ("declared_sigma", sigma)))
+
+
+def with_models(workload: Workload, scale: float) -> Workload:
+    """Return the same tasks with `scale` times as many different models.
+
+    Below 1 the least used models are taken for more used ones. Above 1 a model's groups are spread over copies of it, so that a
+    group still stays with its model; the split depends on the names alone.
+    """
+    if not 0 < scale < 1e6:
+        raise WorkloadError(f"model_scale: must be greater than 0 and below 1e6, got {scale}")
+    if scale == 1:
+        return workload
+    uses = Counter(arrival.task.model for arrival in workload.arrivals if arrival.task.model)
+    by_use = sorted(uses, key=lambda model: (-uses[model], model))
+    kept = max(1, round(len(by_use) * min(1.0, scale)))
+    name_of = {model: by_use[rank % kept] for rank, model in enumerate(by_use)}
+    arrivals = []
+    for arrival in workload.arrivals:
+        task = arrival.task
+        if task.model:
+            model = name_of[task.model]
+            copy = int(unit(0, "copy", model, task.group or task.req_no) * scale) if scale > 1 else 0
+            task = replace(task, model=f"{model}+{copy}" if copy else model)
+            arrival = replace(arrival, task=task)
+        arrivals.append(arrival)
+    return replace(workload, arrivals=tuple(arrivals), notes=(*workload.notes, ("model_scale", scale)))
