@@ -87,7 +87,7 @@ def run_sweep(
     todo = {key: config for key, config in zip(keys, configs, strict=True) if key not in lines}
     clock = _Clock(len(todo), len(set(keys)), on_progress)
     clock.tell(0, "")
-    order = sorted(todo.items(), key=lambda item: _workload_key(item[1]))
+    order = _workloads_together(todo)
 
     def finished(key: str, line: dict[str, Any]) -> None:
         lines[key] = line
@@ -133,6 +133,14 @@ def run_one(
         "simulated_s": result.simulated_s,
         "wall_s": result.wall_s,
     }
+
+
+def _workloads_together(todo: Mapping[str, SimulationConfig]) -> list[tuple[str, SimulationConfig]]:
+    """Order the runs so that those of one workload follow each other, in the order in which the workloads first occur."""
+    groups: dict[str, list[tuple[str, SimulationConfig]]] = {}
+    for key, config in todo.items():
+        groups.setdefault(_workload_key(config), []).append((key, config))
+    return [item for group in groups.values() for item in group]
 
 
 def _checked(config: SimulationConfig, workloads: dict[str, Workload], on_progress: Progress | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Turns the records of a sweep into what people read: means with intervals over seeds, differences from a baseline, CSV and JSON."""
+"""Turns the records of a sweep into what people read: means with intervals, differences from a baseline, CSV and JSON."""
 
 from __future__ import annotations
 

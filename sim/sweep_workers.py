@@ -60,12 +60,13 @@ def work_through(
 ) -> None:
     """Run every configuration on `jobs` processes, calling `finished` with each result; none is left when this returns.
 
-    Raises `SweepError` for a run that fails, or whose process died twice.
+    A run that fails, or whose process died twice, stops the sweep: what is in flight still finishes, then `SweepError` is raised.
     """
     waiting = deque(order)
     configs = dict(order)
     tries: dict[str, int] = {}
     workers: list[_Worker] = []
+    failure: SweepError | None = None
     try:
         while waiting or any(worker.key is not None for worker in workers):
             while waiting and len(workers) < jobs:
@@ -83,16 +84,22 @@ def work_through(
                     workers.remove(worker)
                     worker.end()
                     if tries[key] >= _TRIES:
-                        raise SweepError(configs[key], _died(worker))
-                    waiting.appendleft((key, configs[key]))
-                    continue
-                worker.key = None
-                if isinstance(answer, str):
-                    raise SweepError(configs[key], answer)
-                finished(key, answer)
+                        failure = failure or SweepError(configs[key], _died(worker))
+                    elif failure is None:
+                        waiting.appendleft((key, configs[key]))
+                else:
+                    worker.key = None
+                    if isinstance(answer, str):
+                        failure = failure or SweepError(configs[key], answer)
+                    else:
+                        finished(key, answer)
+            if failure is not None:
+                waiting.clear()
     finally:
         for worker in workers:
             worker.end()
+    if failure is not None:
+        raise failure
 
 
 def _give(worker: _Worker, key: str, config: SimulationConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from api.cli import jobs, models, nodes, operate, predict, replay, reproduce, requests, simulate
+from api.cli import jobs, models, nodes, operate, predict, replay, reproduce, requests, simulate, sweep
 from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
 
@@ -28,6 +28,7 @@ app.command()(operate.scheduler)
 app.command()(operate.agent)
 app.command()(operate.doctor)
 app.command()(simulate.simulate)
+app.command()(sweep.sweep)
 app.add_typer(predict.app, name="predict")
 app.command()(requests.generate)
 app.command()(requests.train)
