@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sim import gentd26, own_tasks, synthetic
+from sim import synthetic
 from sim.faults import Fault, FaultPlan
 from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster, pooled
+from sim.readers import registry
 from sim.synthetic import SyntheticConfig
-from sim.workload import Workload, WorkloadError, declared, demanding, with_models
+from sim.workload import Workload, declared, demanding, with_models
 
 FORECASTERS = ("online", "declared", "oracle", "none")
 _HOUR_US = 3_600_000_000
@@ -28,7 +29,9 @@ class SimulationConfig:
     """One run. Equal configurations give equal results, byte for byte."""
 
     trace: Path | None = None
-    """GenTD26's lora_request_trace.csv, or a CSV or JSONL of one's own (`sim.own_tasks`). None: synthetic."""
+    """A file in any format of `sim.readers.registry`; None: synthetic."""
+    trace_format: str = ""
+    """The format's name; empty: told by the file."""
     synthetic: SyntheticConfig | None = None
     """The synthetic workload; None: GenTD26's figures with `synthetic_tasks` tasks and this run's seed."""
     synthetic_tasks: int = 10_000
@@ -78,6 +81,9 @@ class SimulationConfig:
         for name in ("nodes", "gpus_per_node", "tenants", "synthetic_tasks", "slots"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.trace_format and self.trace_format not in {form.name for form in registry.FORMATS}:
+            known = ", ".join(form.name for form in registry.FORMATS)
+            raise ConfigError(f"trace_format: unknown {self.trace_format!r}; known are {known}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit: must be at least 1, got {self.limit}; leave it out to take every task")
         if self.gpu_model not in GPU_MODELS:
@@ -154,32 +160,31 @@ class SimulationConfig:
 
     def workload(self) -> Workload:
         """Read or make the workload; raises `WorkloadError`."""
-        if self.trace is not None and not _is_gentd26(self.trace):
-            workload = own_tasks.read(self.trace, self.limit)
+        if self.trace is None:
+            workload, of_service = self._synthetic_workload(), True
         else:
+            form = registry.format_named(self.trace_format) if self.trace_format else registry.detect(self.trace)
+            workload, of_service = registry.read(self.trace, self._reader_options(), form.name), form.service
+        if of_service:
             workload = demanding(
-                self._service_workload(), gpu_share=self.gpu_share, gpu_memory_gib=self.gpu_memory_gib, slots=self.slots
+                workload, gpu_share=self.gpu_share, gpu_memory_gib=self.gpu_memory_gib, slots=self.slots
             )
         if self.forecaster == "declared":
             workload = declared(workload, self.declared_sigma, self.seed)
         return with_models(workload, self.model_scale).scaled(self.rate_scale)
 
-    def _service_workload(self) -> Workload:
-        if self.trace is not None:
-            return gentd26.read(
-                self.trace, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed, limit=self.limit
-            )
+    def _reader_options(self) -> registry.ReaderOptions:
+        return registry.ReaderOptions(
+            limit=self.limit,
+            gpus_per_node=self.gpus_per_node,
+            gpu_types=False,
+            tenants=self.tenants,
+            urgent_share=self.urgent_share,
+            seed=self.seed,
+        )
+
+    def _synthetic_workload(self) -> Workload:
         made = self.synthetic or SyntheticConfig(
             tasks=self.synthetic_tasks, tenants=self.tenants, urgent_share=self.urgent_share, seed=self.seed
         )
         return synthetic.make(made).limited(self.limit)
-
-
-def _is_gentd26(path: Path) -> bool:
-    if path.suffix != ".csv":
-        return False
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return "gmt_create" in file.readline(4096)
-    except OSError as error:
-        raise WorkloadError(f"trace: cannot read {path}: {error.strerror}; check the path") from None

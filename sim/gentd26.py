@@ -22,6 +22,7 @@ from pathlib import Path
 from engine.resources import Demand
 from engine.tasks import SECOND, Affinity, FailureCause, TaskSpec, TaskType
 from sim.hardware import GIB
+from sim.readers.rows import open_text
 from sim.workload import Arrival, Truth, Workload, WorkloadError, ranked
 
 COLUMNS = (
@@ -37,8 +38,8 @@ COLUMNS = (
 )
 DEMAND = Demand(gpus=1, gpu_share=1000, gpu_memory_bytes=24 * GIB, cpu_milli=4_000, memory_bytes=16 * GIB)
 """What one generating Pod takes: a whole GPU of which it may use 24 GiB."""
-_KEPT = {"SUCCEED", "FAILED"}
-_SKIPPED = {"PENDING", "PROCESSING"}
+KEPT = {"SUCCEED", "FAILED"}
+SKIPPED = {"PENDING", "PROCESSING"}
 
 
 def read(
@@ -55,17 +56,17 @@ def read(
     """
     counts: Counter[str] = Counter()
     rows: list[tuple[datetime, Arrival]] = []
-    for line, row in _rows(path):
+    for line, row in records(path):
         status = row["predict_status"]
-        if status in _SKIPPED:
+        if status in SKIPPED:
             counts[f"skipped {status}"] += 1
             continue
-        if status not in _KEPT:
+        if status not in KEPT:
             raise WorkloadError(
                 f"{path}, line {line}, predict_status: {status!r} is unknown; expected SUCCEED, FAILED, PENDING or PROCESSING"
             )
         counts[f"kept {status}"] += 1
-        rows.append(_arrival(path, line, row, status))
+        rows.append(arrival_of(path, line, row))
         if limit is not None and len(rows) >= limit:
             break
     if not rows:
@@ -80,9 +81,10 @@ def read(
     return Workload(path.name, ranked(arrivals, tenants=tenants, urgent_share=urgent_share, seed=seed), notes)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield every row of the file, packed with gzip or not, with its line."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with open_text(path) as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
@@ -102,7 +104,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         ) from None
 
 
-def _arrival(path: Path, line: int, row: dict[str, str], status: str) -> tuple[datetime, Arrival]:
+def arrival_of(path: Path, line: int, row: dict[str, str]) -> tuple[datetime, Arrival]:
+    """Return a row's moment and its task; raises `WorkloadError` naming line, column and remedy."""
+
     def number(column: str, default: float | None = None) -> float:
         text = row[column]
         if not text and default is not None:
@@ -142,5 +146,5 @@ def _arrival(path: Path, line: int, row: dict[str, str], status: str) -> tuple[d
         features=tuple(sorted(features.items())),
     )
     work_us = max(1, round(number("exec_time_seconds") * SECOND))
-    failure = FailureCause.BAD_INPUT if status == "FAILED" else None
+    failure = FailureCause.BAD_INPUT if row["predict_status"] == "FAILED" else None
     return moment, Arrival(0, task, Truth(work_us=work_us, fails_with=failure))

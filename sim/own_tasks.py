@@ -2,7 +2,8 @@
 
 Columns: ``submitted_s`` (seconds from the beginning), ``seconds`` (true run time on the reference GPU), and optionally ``req_no,
 tenant, group, type (TP or GC), method, model, priority, gpus, gpu_share (thousandths), gpu_memory_gib, members, slots, declared_s,
-deadline_s, cancel_after_s, affinity``. Any other column is a feature that predictions may use.
+deadline_s, cancel_after_s, affinity, gpu_models (several with | between), cpu_milli, memory_gib, fails_with``. Any other column
+is a feature that predictions may use. Either may be packed with gzip.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.resources import WHOLE_GPU, Demand
-from engine.tasks import SECOND, Affinity, TaskSpec, TaskType
+from engine.tasks import SECOND, Affinity, FailureCause, TaskSpec, TaskType
 from sim.hardware import GIB
+from sim.readers.rows import open_text
 from sim.workload import Arrival, Truth, Workload, WorkloadError
 
 _OWN = {
@@ -38,17 +40,21 @@ _OWN = {
     "deadline_s",
     "cancel_after_s",
     "affinity",
+    "gpu_models",
+    "cpu_milli",
+    "memory_gib",
+    "fails_with",
 }
 
 
 def read(path: Path, limit: int | None = None) -> Workload:
     """Read ``.csv`` or ``.jsonl``; raises `WorkloadError` naming line, column and remedy. Rows need not be sorted."""
-    if path.suffix not in {".csv", ".jsonl"}:
+    if kind(path) not in {".csv", ".jsonl"}:
         raise WorkloadError(f"trace: {path.name} is neither .csv nor .jsonl; rename or convert it")
     arrivals = []
     seen: set[str] = set()
-    for line, row in _rows(path):
-        arrival = _Row(path, line, row).arrival()
+    for line, row in records(path):
+        arrival = arrival_of(path, line, row)
         if arrival.task.req_no in seen:
             raise WorkloadError(
                 f"{path}, line {line}, req_no: {arrival.task.req_no!r} occurs twice; every task has its own"
@@ -61,10 +67,21 @@ def read(path: Path, limit: int | None = None) -> Workload:
     return Workload(path.name, tuple(arrivals)).limited(limit)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def kind(path: Path) -> str:
+    """Return what a file's name says it is: ``.csv`` for ``tasks.csv`` and ``tasks.csv.gz``."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def arrival_of(path: Path, line: int, row: Mapping[str, Any]) -> Arrival:
+    """Return a row's task; raises `WorkloadError` naming line, column and remedy."""
+    return _Row(path, line, row).arrival()
+
+
+def records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield every row of the file, packed with gzip or not, with its line."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            if path.suffix == ".csv":
+        with open_text(path) as file:
+            if kind(path) == ".csv":
                 reader = csv.DictReader(file)
                 for row in reader:
                     yield (
@@ -121,15 +138,20 @@ class _Row:
         try:
             task_type = TaskType(str(row.get("type", "GC")))
             affinity = Affinity(str(row.get("affinity", "preferred")))
+            fails_with = FailureCause(str(row["fails_with"])) if "fails_with" in row else None
         except ValueError as error:
             raise WorkloadError(
-                f"{self._where}, type or affinity: {error}; types are TP and GC, affinities {', '.join(Affinity)}"
+                f"{self._where}, type, affinity or fails_with: {error}; types are TP and GC, affinities "
+                f"{', '.join(Affinity)}, causes {', '.join(FailureCause)}"
             ) from None
         features = tuple(sorted((str(name), _feature(value)) for name, value in row.items() if name not in _OWN))
         demand = Demand(
             gpus=int(self.number("gpus", 1)),
             gpu_share=int(self.number("gpu_share", WHOLE_GPU)),
             gpu_memory_bytes=round(self.number("gpu_memory_gib", 0) * GIB),
+            gpu_models=tuple(name for name in str(row.get("gpu_models", "")).split("|") if name),
+            cpu_milli=int(self.number("cpu_milli", 0)),
+            memory_bytes=round(self.number("memory_gib", 0) * GIB),
         )
         deadline = self.micros("deadline_s")
         task = TaskSpec(
@@ -149,7 +171,9 @@ class _Row:
             features=features,
         )
         truth = Truth(
-            work_us=max(1, round(self.number("seconds") * SECOND)), cancel_after_us=self.micros("cancel_after_s")
+            work_us=max(1, round(self.number("seconds") * SECOND)),
+            fails_with=fails_with,
+            cancel_after_us=self.micros("cancel_after_s"),
         )
         return Arrival(at, task, truth)
 

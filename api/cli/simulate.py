@@ -15,8 +15,9 @@ from api.cli.output import Exit, err, fail, out, print_json, progress_bar
 def simulate(
     trace: Annotated[
         Path | None,
-        typer.Option(help="Workload: GenTD26's lora_request_trace.csv, or your own CSV/JSONL. Without: synthetic."),
+        typer.Option(help="Workload: GenTD26, Philly, Helios, PAI, SWF or your own CSV/JSONL. Without: synthetic."),
     ] = None,
+    trace_format: Annotated[str, typer.Option(help="Format of --trace; default: told by the file.")] = "",
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs on each node.")] = 8,
     gpu_model: Annotated[str, typer.Option(help="GPU model of every node.")] = "a100",
@@ -52,6 +53,7 @@ def simulate(
     try:
         config = simulation.SimulationConfig(
             trace=trace,
+            trace_format=trace_format,
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             gpu_model=gpu_model,
