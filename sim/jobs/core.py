@@ -1,0 +1,378 @@
+"""The fast job-level core: gang jobs on nodes of equal size, event by event on SimPy's clock.
+
+Ends are timeouts in SimPy's queue, arrivals one armed timeout at a time; everything happens in callbacks. Decisions are made once per
+instant, after all that is due then. The module keeps to plain integers, lists and heaps: it is the hot path of batch research.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Any, Final
+
+import simpy
+
+from sim.jobs.line import NONE, SizeLine
+from sim.jobs.nodes import BEST_FIT, WORST_FIT, Nodes, Pieces
+
+BLOCKING: Final = 0
+SKIP: Final = 1
+EASY: Final = 2
+BACKFILLS = {"none": BLOCKING, "skip": SKIP, "easy": EASY}
+
+_PROGRESS_EVERY = 8192
+
+
+class JobCore:
+    """One run. Read `start`, `node` and `pieces` after `run`."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        nodes: Nodes,
+        submit: list[int],
+        run: list[int],
+        gpus: list[int],
+        estimate: list[int],
+        rank: list[int],
+        backfill: int,
+    ) -> None:
+        count = len(submit)
+        self.env = env
+        self.nodes = nodes
+        self.submit = submit
+        self.run_us = run
+        self.gpus = gpus
+        self.estimate = estimate
+        self.rank = rank
+        """Place of each job in the order of the policy, were all waiting at once."""
+        self.job_at: list[int] = [0] * count
+        for job, place in enumerate(rank):
+            self.job_at[place] = job
+        self.backfill = backfill
+        self.start: list[int] = [-1] * count
+        self.node: list[int] = [-1] * count
+        """Node of a job that is on one; -1: see `pieces`, or it never started."""
+        self.pieces: dict[int, Pieces] = {}
+        self.now = 0
+        self.events = 0
+        self.decisions = 0
+        self.longest_line = 0
+        self._next = 0
+        self._fresh: list[int] = []
+        """Ranks of jobs that came at this instant."""
+        self._line: list[int] = []
+        """Ranks of the waiting, as a heap; where backfilling takes some out of the middle, started ones are dropped when met."""
+        self._waiting = 0
+        self._freed = False
+        self._sizes: list[SizeLine] = []
+        self._size_of: dict[int, SizeLine] = {}
+        if backfill:
+            self._make_sizes()
+        self._ends: list[tuple[int, int]] = []
+        """(expected end, job) of running jobs, ascending; kept for EASY alone."""
+        self._reserved_for = NONE
+        self._shadow = NONE
+        self._closed = 0
+        self._extra_node = -1
+        self._extra = 0
+        self._stale = True
+
+    def _make_sizes(self) -> None:
+        ranks: dict[int, list[int]] = {}
+        for place, job in enumerate(self.job_at):
+            ranks.setdefault(self.gpus[job], []).append(place)
+        for gpus in sorted(ranks):
+            self._size_of[gpus] = SizeLine(gpus, ranks[gpus])
+        self._sizes = list(self._size_of.values())
+
+    # --- the clock ------------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Callable[[float], None] | None = None) -> None:
+        """Simulate until every job has ended. Every job must fit the empty cluster."""
+        env = self.env
+        peek, step = env.peek, env.step
+        self._arm()
+        due = False
+        while True:
+            at = peek()
+            if due and at > self.now:
+                due = False
+                self._decide(self.now)
+                continue
+            if at == simpy.core.Infinity:
+                break
+            step()
+            due = True
+            self.events += 1
+            if progress is not None and self.events % _PROGRESS_EVERY == 0:
+                progress(self._next / len(self.submit))
+
+    def _arm(self) -> None:
+        if self._next < len(self.submit):
+            self.env.timeout(self.submit[self._next] - self.now).callbacks.append(self._arrive)
+
+    def _arrive(self, _event: Any) -> None:
+        submit, rank, fresh = self.submit, self.rank, self._fresh
+        job, count = self._next, len(submit)
+        now = self.now = submit[job]
+        while job < count and submit[job] == now:
+            fresh.append(rank[job])
+            job += 1
+        self._next = job
+        self._arm()
+
+    def _end(self, event: Any) -> None:
+        job = event.value
+        self.now = self.start[job] + self.run_us[job]
+        self._freed = True
+        nodes = self.nodes
+        node = self.node[job]
+        if node >= 0:
+            nodes.take(node, -self.gpus[job])
+        else:
+            for where, gpus in self.pieces[job]:
+                nodes.take(where, -gpus)
+        if self.backfill == EASY:
+            expected = self.start[job] + self.estimate[job]
+            ends = self._ends
+            del ends[bisect_left(ends, (expected, job))]
+            if expected != self.now:
+                self._stale = True
+
+    # --- decisions ------------------------------------------------------------------------------------------------------
+
+    def _decide(self, now: int) -> None:
+        """Start whom the policy lets start now."""
+        self.decisions += 1
+        fresh = self._fresh
+        blocked = self._waiting > 0 and not self._freed
+        if fresh:
+            fresh = self._admit(now, fresh)
+        self._freed = False
+        line = self._line
+        head = NONE
+        while self._waiting:
+            head = line[0]
+            job = self.job_at[head]
+            if self.start[job] >= 0:
+                heappop(line)
+                continue
+            if not self._place(job, now):
+                break
+            heappop(line)
+            self._leave(head, job)
+        if self.backfill and self._waiting > 1:
+            if self.backfill == EASY and (self._stale or head != self._reserved_for or self._shadow <= now):
+                self._reserve(head, self.gpus[self.job_at[head]], now)
+                blocked = False
+            if blocked and head not in fresh:
+                for rank in fresh:
+                    if self.start[self.job_at[rank]] < 0:
+                        self._fill(rank, now)
+            else:
+                self._fill_all(now)
+        if self._waiting > self.longest_line:
+            self.longest_line = self._waiting
+
+    def _admit(self, now: int, fresh: list[int]) -> list[int]:
+        """Let those that came at this instant start when nobody waits, and wait otherwise; return those that wait."""
+        self._fresh = []
+        if len(fresh) > 1:
+            fresh.sort()
+        first = 0
+        if not self._waiting:
+            while first < len(fresh) and self._place(self.job_at[fresh[first]], now):
+                first += 1
+            if first:
+                fresh = fresh[first:]
+        line = self._line
+        for rank in fresh:
+            heappush(line, rank)
+            if self.backfill:
+                job = self.job_at[rank]
+                self._size_of[self.gpus[job]].come(rank, self.estimate[job])
+        self._waiting += len(fresh)
+        return fresh
+
+    def _leave(self, rank: int, job: int) -> None:
+        self._waiting -= 1
+        if self.backfill:
+            self._size_of[self.gpus[job]].go(rank)
+
+    def _place(self, job: int, now: int, closed: int = 0) -> bool:
+        """Start a job if there is room on nodes that are not closed."""
+        nodes, gpus = self.nodes, self.gpus[job]
+        if gpus > nodes.total_free:
+            return False
+        if nodes.spread:
+            self._take(job, nodes.pick_spread(gpus))
+        elif gpus <= nodes.per_node:
+            node = nodes.pick(gpus, closed)
+            if node < 0:
+                return False
+            nodes.take(node, gpus)
+            self.node[job] = node
+        else:
+            pieces = nodes.pick_whole(gpus, closed)
+            if pieces is None:
+                return False
+            self._take(job, pieces)
+        self.start[job] = now
+        self.env.timeout(self.run_us[job], job).callbacks.append(self._end)
+        if self.backfill == EASY:
+            insort(self._ends, (now + self.estimate[job], job))
+        return True
+
+    def _take(self, job: int, pieces: Pieces) -> None:
+        take = self.nodes.take
+        for node, gpus in pieces:
+            take(node, gpus)
+        self.pieces[job] = pieces
+
+    # --- backfilling ----------------------------------------------------------------------------------------------------
+
+    def _fill_all(self, now: int) -> None:
+        """Start whoever may go ahead of the first, in the order of the line."""
+        window = self._shadow - now if self.backfill == EASY else NONE - 1
+        while True:
+            best = NONE
+            anywhere, beside = self._rooms()
+            for size in self._sizes:
+                if not size.waiting:
+                    continue
+                gpus = size.gpus
+                if gpus > anywhere:
+                    break
+                if gpus <= beside or (self.nodes.per_node < gpus and self._holds_beside(gpus)):
+                    longest = NONE - 1
+                elif gpus <= self.nodes.per_node or self.nodes.spread or self.nodes.pick_whole(gpus) is not None:
+                    longest = window
+                else:
+                    continue
+                rank = size.first(longest)
+                if rank < best:
+                    best = rank
+            if best == NONE or not self._fill(best, now):
+                return
+
+    def _rooms(self) -> tuple[int, int]:
+        """Return how large a job could be now, and how large one that is in nobody's way however long it takes."""
+        nodes = self.nodes
+        if nodes.spread:
+            return nodes.total_free, min(nodes.total_free, self._extra) if self.backfill == EASY else nodes.total_free
+        levels = nodes.levels
+        most = nodes.per_node
+        while most and not levels[most]:
+            most -= 1
+        beside = most
+        if self.backfill == EASY:
+            open_nodes = ~self._closed
+            while beside and not levels[beside] & open_nodes:
+                beside -= 1
+            if self._extra > beside and self._extra_node >= 0:
+                beside = max(beside, min(self._extra, nodes.free[self._extra_node]))
+        if most == nodes.per_node:
+            most = nodes.total_free
+        return most, beside
+
+    def _holds_beside(self, gpus: int) -> bool:
+        nodes = self.nodes
+        if nodes.spread:
+            return False
+        return nodes.pick_whole(gpus, self._closed if self.backfill == EASY else 0) is not None
+
+    def _fill(self, rank: int, now: int) -> bool:
+        """Start one job ahead of the first if that delays the first in no way, as far as estimates hold."""
+        job = self.job_at[rank]
+        gpus = self.gpus[job]
+        if self.backfill == SKIP or self.estimate[job] <= self._shadow - now:
+            started = self._place(job, now)
+        elif self.nodes.spread:
+            started = gpus <= self._extra and self._place(job, now)
+            if started:
+                self._extra -= gpus
+        else:
+            closed = self._closed
+            if self._extra_node >= 0 and gpus <= self._extra:
+                closed &= ~(1 << self._extra_node)
+            started = self._place(job, now, closed)
+            if started and self._extra_node >= 0 and self.node[job] == self._extra_node:
+                self._extra -= gpus
+        if started:
+            self._leave(rank, job)
+        return started
+
+    def _reserve(self, rank: int, gpus: int, now: int) -> None:
+        """Find when and where the first in line will have its room if running jobs take as long as expected."""
+        self._reserved_for = rank
+        self._stale = False
+        self._closed, self._extra_node, self._extra = 0, -1, 0
+        if self.nodes.spread:
+            self._reserve_any(gpus, now)
+        else:
+            self._reserve_nodes(gpus, now)
+
+    def _reserve_any(self, gpus: int, now: int) -> None:
+        free, at = self.nodes.total_free, now
+        for expected, job in self._ends:
+            if free >= gpus and expected > at:
+                break
+            free += self.gpus[job]
+            at = max(at, expected)
+        self._shadow = at
+        self._extra = free - gpus
+
+    def _reserve_nodes(self, gpus: int, now: int) -> None:
+        nodes, ends = self.nodes, self._ends
+        free = nodes.free.copy()
+        position, count = 0, len(ends)
+        while position < count:
+            at = max(ends[position][0], now)
+            touched: list[int] = []
+            while position < count and ends[position][0] <= at:
+                job = ends[position][1]
+                where = self.node[job]
+                for node, amount in ((where, self.gpus[job]),) if where >= 0 else self.pieces[job]:
+                    free[node] += amount
+                    touched.append(node)
+                position += 1
+            if gpus > nodes.per_node:
+                if self._reserve_whole(gpus, free):
+                    self._shadow = at
+                    return
+                continue
+            found = [node for node in touched if free[node] >= gpus]
+            if found:
+                node = min(found, key=lambda node: (self._taste(free[node]), node))
+                self._shadow, self._closed = at, 1 << node
+                self._extra_node, self._extra = node, free[node] - gpus
+                return
+        raise AssertionError(
+            f"a job of {gpus} GPUs finds no room though everything ends; report this with the workload"
+        )
+
+    def _taste(self, free: int) -> int:
+        if self.nodes.placement == BEST_FIT:
+            return free
+        return -free if self.nodes.placement == WORST_FIT else 0
+
+    def _reserve_whole(self, gpus: int, free: list[int]) -> bool:
+        per_node = self.nodes.per_node
+        whole, rest = divmod(gpus, per_node)
+        empty = [node for node, amount in enumerate(free) if amount == per_node]
+        if len(empty) < whole:
+            return False
+        closed = 0
+        for node in empty[:whole]:
+            closed |= 1 << node
+        if rest:
+            others = [node for node in range(len(free)) if not closed >> node & 1 and free[node] >= rest]
+            if not others:
+                return False
+            node = min(others, key=lambda node: (-free[node], node))
+            closed |= 1 << node
+            self._extra_node, self._extra = node, free[node] - rest
+        self._closed = closed
+        return True
