@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from engine.tasks import SECOND
-from sim.readers import helios_csv, pai_csv, philly, service, swf
+from sim.readers import helios_csv, openb_csv, pai_csv, philly, service, swf
 from sim.readers.rows import Intake, ReaderOptions, TraceRow, lines
 from sim.workload import Arrival, Workload, WorkloadError
 
@@ -47,6 +47,7 @@ FORMATS: tuple[TraceFormat, ...] = (
     ),
     TraceFormat("philly", "Philly slice (CSV)", philly.matches_csv, philly.csv_rows),
     TraceFormat("philly-json", "Philly cluster_job_log (JSON)", philly.matches_json, philly.json_rows),
+    TraceFormat("openb", "openb pod list (CSV)", openb_csv.matches, openb_csv.rows),
     TraceFormat("helios", "Helios cluster_log.csv", helios_csv.matches, helios_csv.rows),
     TraceFormat("pai", "PAI pai_task_table.csv", pai_csv.matches_tasks, pai_csv.task_rows),
     TraceFormat("pai-jobs", "PAI job list (CSV of its simulator)", pai_csv.matches_jobs, pai_csv.job_rows),

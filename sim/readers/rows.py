@@ -147,6 +147,10 @@ class Fields:
         """Raise for this record."""
         self._intake.refuse(self.line, name, message, kind)
 
+    def has(self, *names: str) -> bool:
+        """Tell whether the file has these columns at all."""
+        return all(name in self._row for name in names)
+
     def known(self, name: str) -> bool:
         """Tell whether the value is there."""
         value = self._row.get(name)
