@@ -250,6 +250,7 @@ class Task:
         "failures",
         "finished_at",
         "group",
+        "kept_us",
         "line_ticket",
         "lines",
         "live",
@@ -262,6 +263,7 @@ class Task:
         "price",
         "progress_done",
         "progress_total",
+        "ran_us",
         "rank_started",
         "req_no",
         "result",
@@ -320,6 +322,10 @@ class Task:
         """GPU memory an attempt ran out of, raised; 0: never."""
         self.alone = False
         """Run on whole GPUs, one task per Pod, since it ran out of memory."""
+        self.ran_us: Micros = 0
+        """Time that attempts ran which ended without a result."""
+        self.kept_us: Micros = 0
+        """Time of it whose work a checkpoint holds."""
         # derived
         self.predicted_us: Micros = 1
         """Predicted run time."""

@@ -359,6 +359,7 @@ def task_stopped(state: State, now: Micros, e: ev.TaskStopped) -> None:
         return
     if e.checkpoint and e.rank == 0:
         task.checkpoint = e.checkpoint
+        task.kept_us += now - task.started_at if task.started_at else 0
     end_rank(state, task, e.rank, now)
 
 

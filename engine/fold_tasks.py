@@ -196,7 +196,9 @@ def end_attempt(state: State, task: Task, now: Micros) -> None:
     move(task, TaskCause.END)
     release_ranks(state, task, now)
     task.live = 0
-    settle(task, now - task.started_at if task.started_at else 0)
+    ran_us = now - task.started_at if task.started_at else 0
+    task.ran_us += ran_us
+    settle(task, ran_us)
     unplace(state, task)
     task.pending_since = now
     count_pending(state, task)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.levels.ordering import Fifo, Ordering
+from engine.levels.quotas import Quotas
 from engine.levels.scorers import SCORERS, Scorer
 from engine.tasks import SECOND, Micros
+
+BACKFILLS = ("none", "skip", "easy", "conservative")
+"""none: nobody passes the first one that finds no room; skip: whoever fits; easy: whoever does not delay the first one;
+conservative: whoever delays nobody that comes before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,11 @@ class Profile:
     reject_impossible: bool = True
     # ordering
     ordering: Ordering = field(default_factory=Fifo)
+    backfill: str = "skip"
+    """What others may do while the next one finds no room: one of `BACKFILLS`."""
+    backfill_depth: int = 1_000
+    """Most waiting tasks that have a reservation, with conservative backfill."""
+    quotas: Quotas | None = None
     # placement
     scorers: tuple[tuple[str, int], ...] = ()
     """(name, weight); none: the first node that fits."""
@@ -43,11 +53,25 @@ class Profile:
     """Loss of a preemption besides the work since the last checkpoint."""
     min_run_us: Micros = 5 * SECOND
     """No attempt is stopped for others sooner than this after its start, and never in the step that ordered the start."""
+    preemptions_per_task: int = 0
+    """How often a task may be stopped for others that outrank it; 0: as `Limits` says."""
     # elasticity
     keep_deployed: bool = True
     scale_after_us: Micros = 0
     """Ask for more nodes when work that fits nowhere has waited this long; 0: never."""
     scale_nodes_max: int = 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether placement goes through all that waits in exact order, as these policies need."""
+        ordering = self.ordering
+        return (
+            self.backfill != "skip"
+            or self.quotas is not None
+            or ordering.shares
+            or ordering.ranks_anew
+            or ordering.preemptive
+        )
 
     def scorer_values(self) -> tuple[tuple[Scorer, int], ...]:
         """Return the scorers behind the names."""

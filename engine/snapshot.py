@@ -59,6 +59,8 @@ _TASK = (
     "charged",
     "memory_floor",
     "alone",
+    "ran_us",
+    "kept_us",
 )
 
 _GETTERS: dict[tuple[str, ...], attrgetter[tuple[Any, ...]]] = {
@@ -252,7 +254,10 @@ def _restore_task(state: State, data: Plain) -> None:
     estimate = None if data["estimate"] is None else from_plain(Estimate, data["estimate"])
     tenant = state.tenants[spec.tenant]
     task = Task(spec, 0, tenant, None, 0, estimate)
-    for put, value in zip(_TASK_SETTERS, data["values"], strict=True):
+    values = data["values"]
+    if len(values) == len(_TASK) - 2:
+        values = [*values, 0, 0]  # snapshots from before run times were kept
+    for put, value in zip(_TASK_SETTERS, values, strict=True):
         put(task, value)
     if spec.group:
         task.group = state.groups.get((spec.tenant, spec.group)) or Group(tenant, spec.group, -1)

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from engine.entities import Task
-from engine.tasks import SECOND, URGENT_PRIORITY, Micros
+from engine.entities import Task, Tenant
+from engine.tasks import NEVER, SECOND, URGENT_PRIORITY, Micros
 
 URGENT, AGED, ORDINARY = range(3)
 """The bands. The aged stand among themselves by their key alone, whoever they belong to."""
 
+GPUS = -1
+"""The column of GPUs, in thousandths, in what tenants hold; the others are the cluster's."""
+
+
+class Holdings(Protocol):
+    """Who holds how much of the cluster now, in Pods and in claimed room."""
+
+    total: Mapping[int, int]
+    """Column -> amount that all nodes have that are up."""
+    tenants: int
+    """Tenants that hold or wait for anything."""
+
+    def held(self, tenant: Tenant) -> Mapping[int, int]:
+        """Return column -> amount that a tenant holds."""
+        ...
+
 
 class Ordering(Protocol):
-    """Ranks tasks. A lower band goes first; inside it tenants and groups share fairly where asked; then the key counts."""
+    """Ranks tasks. A lower band goes first; inside it tenants and groups share fairly where asked; then the key counts.
+
+    Derive from `Policy`, which answers everything but the key.
+    """
+
+    ranks_anew: ClassVar[bool]
+    """Whether `key_at` ranks waiting tasks anew in every step, by the time and by what others hold."""
+    shares: ClassVar[bool]
+    """Whether tenants stand by `share`, which is asked in every step, instead of by virtual time."""
 
     @property
     def fair_tenants(self) -> bool:
@@ -35,41 +60,96 @@ class Ordering(Protocol):
         """One of so many placements goes to an aged task before urgent ones; 0: none."""
         ...
 
+    @property
+    def preemptive(self) -> bool:
+        """Whether running tasks are stopped for waiting ones that outrank them."""
+        ...
+
     def rank(self, task: Task, now: Micros) -> tuple[int, int]:
         """Return (band, key); the smaller key is sooner, and equal keys go by submission."""
         ...
 
+    def key_at(self, task: Task, now: Micros, holdings: Holdings) -> int:
+        """Return the key of a waiting task now, where the policy `ranks_anew`."""
+        ...
+
+    def share(self, tenant: Tenant, holdings: Holdings) -> int:
+        """Return how well served a tenant is, where the policy `shares`: the smallest is next, and more holdings never lower it."""
+        ...
+
+    def outranks(self, waiting: Task, running: Task, now: Micros, loss_us: Micros) -> bool:
+        """Tell whether a running task should go for a waiting one, where that loses `loss_us` of work and loading."""
+        ...
+
+    def standing(self, running: Task, now: Micros) -> int:
+        """Return how far behind a running task ranks: of several that may go, the largest goes first."""
+        ...
+
+    def next_change_at(self, running: Task, now: Micros) -> Micros:
+        """Return when `outranks` may change its answer about a running task by time alone; NEVER: it does not."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
-class Fifo:
+class Policy:
+    """What policies have in common; one of your own derives from it and answers `key`."""
+
+    ranks_anew: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+
+    fair_tenants: bool = False
+    fair_groups: bool = False
+    age_us: Micros = 0
+    aged_every: int = 0
+    preemptive: bool = False
+
+    def key(self, task: Task, now: Micros) -> int:
+        """Return what tasks stand by; the smaller is sooner. It must not change while the task waits."""
+        return 0
+
+    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+        """Rank by the key, the aged before all others."""
+        if self.age_us and task.submitted_at + self.age_us <= now:
+            return AGED, task.submitted_at + self.age_us
+        return ORDINARY, self.key(task, now)
+
+    def key_at(self, task: Task, now: Micros, holdings: Holdings) -> int:
+        """Rank by the key, whatever the time."""
+        return self.key(task, now)
+
+    def share(self, tenant: Tenant, holdings: Holdings) -> int:
+        """All tenants are equal."""
+        return 0
+
+    def outranks(self, waiting: Task, running: Task, now: Micros, loss_us: Micros) -> bool:
+        """Tell whether the waiting task's key is the smaller one."""
+        return self.rank(waiting, now) < self.rank(running, now)
+
+    def standing(self, running: Task, now: Micros) -> int:
+        """Rank running tasks by their keys."""
+        return self.rank(running, now)[1]
+
+    def next_change_at(self, running: Task, now: Micros) -> Micros:
+        """Nothing changes by time alone."""
+        return NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Fifo(Policy):
     """First come, first served, whoever comes."""
 
-    fair_tenants: bool = False
-    fair_groups: bool = False
-    age_us: Micros = 0
-    aged_every: int = 0
-
-    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
-        """Everyone is equal."""
-        return 0, 0
-
 
 @dataclass(frozen=True, slots=True)
-class ByPriority:
+class ByPriority(Policy):
     """The higher priority first, as kube-scheduler's PrioritySort does; equals by submission."""
 
-    fair_tenants: bool = False
-    fair_groups: bool = False
-    age_us: Micros = 0
-    aged_every: int = 0
-
-    def rank(self, task: Task, now: Micros) -> tuple[int, int]:
+    def key(self, task: Task, now: Micros) -> int:
         """Rank by priority alone."""
-        return 0, -task.spec.priority
+        return -task.spec.priority
 
 
 @dataclass(frozen=True, slots=True)
-class Fair:
+class Fair(Policy):
     """Urgent first, with ageing; weighted fair share between tenants and between groups; then the shortest predicted first.
 
     A higher urgent priority counts as having come `priority_step_us` earlier per step, so that no urgent task waits for ever. Tasks
@@ -91,6 +171,3 @@ class Fair:
         if self.age_us and task.submitted_at + self.age_us <= now:
             return AGED, task.submitted_at + self.age_us
         return ORDINARY, task.predicted_us if self.shortest_first else 0
-
-
-ORDERINGS: dict[str, type[Fifo] | type[ByPriority] | type[Fair]] = {"fifo": Fifo, "priority": ByPriority, "fair": Fair}

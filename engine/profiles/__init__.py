@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
+from dataclasses import MISSING, fields
+from importlib import import_module, resources
 from typing import Any
 
-from engine.levels.ordering import ORDERINGS, Ordering
+from engine.levels.ordering import Ordering, Policy
+from engine.levels.orderings import ORDERINGS
+from engine.levels.quotas import QueueSpec, Quotas
 from engine.levels.scorers import SCORERS
-from engine.profile import Profile
+from engine.profile import BACKFILLS, Profile
+from engine.resources import WHOLE_GPU
 from engine.tasks import SECOND
 
-NAMES = ("fifo", "kube-default", "aigc")
+_FIRST = ("fifo", "kube-default", "aigc")
+
+
+def _names() -> tuple[str, ...]:
+    found = {
+        each.name.removesuffix(".toml") for each in resources.files(__package__).iterdir() if each.name[-5:] == ".toml"
+    }
+    return (*_FIRST, *sorted(found - set(_FIRST)))
+
+
+NAMES = _names()
+"""The profiles that come with the engine: the TOML files beside this one."""
 
 # TOML section -> key -> (field of Profile, kind); times are written in seconds and kept in microseconds.
 _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -33,6 +48,7 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "patience_s": ("preempt_patience_us", "seconds"),
         "reload_s": ("reload_us", "seconds"),
         "min_run_s": ("min_run_us", "seconds"),
+        "most_per_task": ("preemptions_per_task", "int"),
     },
     "elasticity": {
         "keep_deployed": ("keep_deployed", "bool"),
@@ -40,13 +56,12 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "scale_nodes_max": ("scale_nodes_max", "int"),
     },
 }
-_ORDERING_FIELDS: dict[str, tuple[str, str]] = {
-    "fair_tenants": ("fair_tenants", "bool"),
-    "fair_groups": ("fair_groups", "bool"),
-    "age_s": ("age_us", "seconds"),
-    "aged_every": ("aged_every", "int"),
-    "priority_step_s": ("priority_step_us", "seconds"),
-    "shortest_first": ("shortest_first", "bool"),
+_QUEUE_FIELDS = {
+    "guaranteed_gpus": ("guaranteed", "gpus"),
+    "limit_gpus": ("limit", "gpus"),
+    "weight": ("weight", "int"),
+    "parent": ("parent", "str"),
+    "tenants": ("tenants", "texts"),
 }
 
 
@@ -54,8 +69,12 @@ class InvalidProfile(ValueError):
     """A profile cannot be read; says which key and what would be right."""
 
 
-def load(name_or_toml: str) -> Profile:
-    """Return the profile of that name (fifo, kube-default, aigc), or the one that a TOML text describes."""
+def load(name_or_toml: str, own_policies: bool = True) -> Profile:
+    """Return the profile of that name (one of `NAMES`), or the one that a TOML text describes.
+
+    A text may name an ordering of one's own as ``module:Class``, which imports that module: pass `own_policies=False` for
+    texts that come from others.
+    """
     text = name_or_toml
     if name_or_toml in NAMES:
         text = resources.files(__package__).joinpath(f"{name_or_toml}.toml").read_text(encoding="utf-8")
@@ -67,17 +86,18 @@ def load(name_or_toml: str) -> Profile:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidProfile(f"the profile is no TOML: {error}") from error
-    return _profile(table)
+    return _profile(table, own_policies)
 
 
-def _profile(table: dict[str, Any]) -> Profile:
+def _profile(table: dict[str, Any], own_policies: bool) -> Profile:
     values: dict[str, Any] = {"name": _value("name", table.pop("name", "unnamed"), "str")}
-    ordering = table.pop("ordering", {"policy": "fifo"})
-    values["ordering"] = _ordering(ordering)
+    values.update(_ordering(table.pop("ordering", {"policy": "fifo"}), own_policies))
+    if "quotas" in table:
+        values["quotas"] = _quotas(table.pop("quotas"))
     for section, content in table.items():
         known = _FIELDS.get(section)
         if known is None or not isinstance(content, dict):
-            raise InvalidProfile(f"[{section}]: there is no such level; use ordering, {', '.join(_FIELDS)}")
+            raise InvalidProfile(f"[{section}]: there is no such level; use ordering, quotas, {', '.join(_FIELDS)}")
         for key, raw in content.items():
             if section == "placement" and key == "scorers":
                 values["scorers"] = _scorers(raw)
@@ -89,20 +109,86 @@ def _profile(table: dict[str, Any]) -> Profile:
     return Profile(**values)
 
 
-def _ordering(table: dict[str, Any]) -> Ordering:
-    policy = table.get("policy")
-    if policy not in ORDERINGS:
-        raise InvalidProfile(f"ordering.policy: {policy!r} is unknown; use {', '.join(ORDERINGS)}")
-    made = ORDERINGS[policy]
+def _ordering(table: object, own_policies: bool) -> dict[str, Any]:
+    """Read the section of the ordering: the policy with its own keys, and what others may do meanwhile."""
+    if not isinstance(table, dict):
+        raise InvalidProfile('[ordering]: use a table, as [ordering] and policy = "fifo" below it')
+    found: dict[str, Any] = {}
+    backfill = table.pop("backfill", "skip")
+    if backfill not in BACKFILLS:
+        raise InvalidProfile(f"ordering.backfill: {backfill!r} is unknown; use {', '.join(BACKFILLS)}")
+    found["backfill"] = backfill
+    if "backfill_depth" in table:
+        found["backfill_depth"] = max(1, _value("ordering.backfill_depth", table.pop("backfill_depth"), "int"))
+    found["ordering"] = _policy(table, own_policies)
+    return found
+
+
+def _policy(table: dict[str, Any], own_policies: bool) -> Ordering:
+    name = table.pop("policy", None)
+    made = ORDERINGS.get(name) if isinstance(name, str) else None
+    if made is None and isinstance(name, str) and ":" in name and own_policies:
+        made = _own_policy(name)
+    if made is None:
+        raise InvalidProfile(
+            f"ordering.policy: {name!r} is unknown; use {', '.join(ORDERINGS)}, or your own as 'module:Class'"
+        )
+    known = {_key_of(each.name): each for each in fields(made)}
     values: dict[str, Any] = {}
     for key, raw in table.items():
-        if key == "policy":
-            continue
-        field, kind = _ORDERING_FIELDS.get(key, ("", ""))
-        if not field or field not in made.__dataclass_fields__:
-            raise InvalidProfile(f"ordering.{key}: the policy {policy!r} has no such key")
-        values[field] = _value(f"ordering.{key}", raw, kind)
+        field = known.get(key)
+        if field is None:
+            raise InvalidProfile(f"ordering.{key}: the policy {name!r} has no such key; use {', '.join(known)}")
+        values[field.name] = _value(f"ordering.{key}", raw, _kind_of(field.name, field.default))
     return made(**values)
+
+
+def _own_policy(name: str) -> type[Policy]:
+    """Import a policy that is not the engine's."""
+    module, _, class_name = name.partition(":")
+    try:
+        made = getattr(import_module(module), class_name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InvalidProfile(
+            f"ordering.policy: {name!r} cannot be imported ({error}); the module must be on PYTHONPATH and hold the class"
+        ) from error
+    if not isinstance(made, type) or not issubclass(made, Policy):
+        raise InvalidProfile(f"ordering.policy: {name!r} is no ordering; derive it from engine.levels.ordering.Policy")
+    return made
+
+
+def _key_of(field: str) -> str:
+    return f"{field[:-3]}_s" if field.endswith("_us") else field
+
+
+def _kind_of(field: str, default: object) -> str:
+    if isinstance(default, tuple):
+        return "many seconds"
+    if field.endswith("_us"):
+        return "seconds"
+    if default is MISSING:
+        return "any"
+    return {bool: "bool", int: "int", str: "str"}.get(type(default), "any")
+
+
+def _quotas(table: object) -> Quotas:
+    if not isinstance(table, dict) or not table:
+        raise InvalidProfile("[quotas]: use a table per queue, as [quotas.research] and guaranteed_gpus = 8 below it")
+    queues = []
+    for name, content in table.items():
+        if not isinstance(content, dict):
+            raise InvalidProfile(f"quotas.{name}: use a table, as [quotas.{name}] and guaranteed_gpus = 8 below it")
+        values: dict[str, Any] = {}
+        for key, raw in content.items():
+            if key not in _QUEUE_FIELDS:
+                raise InvalidProfile(f"quotas.{name}.{key}: there is no such key; use {', '.join(_QUEUE_FIELDS)}")
+            field, kind = _QUEUE_FIELDS[key]
+            values[field] = _value(f"quotas.{name}.{key}", raw, kind)
+        queues.append(QueueSpec(name, **values))
+    try:
+        return Quotas(tuple(queues))
+    except ValueError as error:
+        raise InvalidProfile(str(error)) from error
 
 
 def _scorers(raw: object) -> tuple[tuple[str, int], ...]:
@@ -115,18 +201,31 @@ def _scorers(raw: object) -> tuple[tuple[str, int], ...]:
 
 
 def _value(key: str, raw: object, kind: str) -> Any:
-    if kind == "bool" and isinstance(raw, bool):
-        return raw
-    if kind == "str" and isinstance(raw, str):
-        return raw
-    if kind == "int" and isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
-        return raw
-    if kind == "seconds" and isinstance(raw, int | float) and not isinstance(raw, bool) and raw >= 0:
-        return round(raw * SECOND)
+    is_number = isinstance(raw, int | float) and not isinstance(raw, bool)
+    match raw:
+        case bool() if kind == "bool":
+            return raw
+        case str() if kind == "str":
+            return raw
+        case int() if kind == "int" and is_number and raw >= 0:
+            return raw
+        case int() | float() if kind == "seconds" and is_number and raw >= 0:
+            return round(raw * SECOND)
+        case int() | float() if kind == "gpus" and is_number and raw >= 0:
+            return round(raw * WHOLE_GPU)
+        case list() if kind == "texts" and all(isinstance(each, str) for each in raw):
+            return tuple(raw)
+        case list() if kind == "many seconds":
+            return tuple(_value(key, each, "seconds") for each in raw)
+        case _ if kind == "any":
+            return raw
     wanted = {
         "bool": "true or false",
         "str": "a text",
         "int": "a whole number of at least 0",
         "seconds": "seconds, at least 0",
+        "gpus": "a number of GPUs, at least 0",
+        "texts": "a list of texts",
+        "many seconds": "a list of seconds",
     }[kind]
     raise InvalidProfile(f"{key}: {raw!r} is wrong; use {wanted}")
