@@ -111,20 +111,37 @@ class Attempts:
         )
 
     def _lora_us(self, attempt: SimAttempt) -> float:
-        spent = 0.0
+        spent = self._pipeline_us(attempt) if self._world.hardware.measured is not None else 0.0
         loaded = attempt.pod.loras
         for lora in attempt.truth.loras:
             if lora in loaded:
                 loaded.move_to_end(lora)
                 continue
             self._world.count("lora_loads")
-            spent += self._world.hardware.lora_load_us * lognormal(
-                self._world.hardware.lora_sigma, self._world.seed, "lora", lora, attempt.key[0], attempt.key[1]
-            )
+            spent += self._one_lora_us(attempt, lora)
             loaded[lora] = None
             if len(loaded) > _LORAS_PER_POD:
                 loaded.popitem(last=False)
         return spent
+
+    def _one_lora_us(self, attempt: SimAttempt, lora: str) -> float:
+        hardware, seed = self._world.hardware, self._world.seed
+        if hardware.measured is not None and attempt.pod.order.grants:
+            uuid = attempt.pod.order.grants[0].uuid
+            return hardware.measured.lora_us(uuid, seed, lora, attempt.key[0], attempt.key[1])
+        return hardware.lora_load_us * lognormal(
+            hardware.lora_sigma, seed, "lora", lora, attempt.key[0], attempt.key[1]
+        )
+
+    def _pipeline_us(self, attempt: SimAttempt) -> float:
+        """Return the time to put the pipeline together anew, where the Pod's last task was of another kind."""
+        kind = next((str(value) for name, value in attempt.task.features if name == "kind"), "")
+        pod, measured = attempt.pod, self._world.hardware.measured
+        before, pod.pipeline = pod.pipeline, kind
+        if measured is None or not kind or before in ("", kind) or not pod.order.grants:
+            return 0.0
+        self._world.count("pipeline_switches")
+        return measured.pipeline_us(pod.order.grants[0].uuid, self._world.seed, attempt.key[0], attempt.key[1])
 
     def _respeed(self, pod: SimPod) -> None:
         """Set everybody's speed in a Pod after one came or went, and reschedule their ends."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import SECOND, Micros, TaskSpec
 from sim.caches import Source
+from sim.measured_loads import MeasuredLoads
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -127,6 +128,8 @@ class Hardware:
     progress_reports: int = 0
     """TaskProgressed events per attempt of a training task."""
     gpu_models: dict[str, GpuModel] = field(default_factory=lambda: dict(GPU_MODELS))
+    measured: MeasuredLoads | None = None
+    """Load times as a service measured them, GPU by GPU; they replace those worked out from bytes and bandwidths."""
 
     def __post_init__(self) -> None:
         if not self.nodes:
@@ -177,6 +180,7 @@ class Hardware:
             disk_bytes_per_s=max(1, round(self.disk_bytes_per_s / scale)),
             memory_bytes_per_s=max(1, round(self.memory_bytes_per_s / scale)),
             lora_load_us=round(self.lora_load_us * scale),
+            measured=self.measured.scaled(scale) if self.measured is not None else None,
         )
 
     def speed(self, gpu_model: str) -> float:

@@ -47,7 +47,7 @@ class SimNode:
 class SimPod:
     """A container with a model on a share of GPUs."""
 
-    __slots__ = ("gpu_model", "hung", "loras", "order", "ready", "running", "share", "stopping")
+    __slots__ = ("gpu_model", "hung", "loras", "order", "pipeline", "ready", "running", "share", "stopping")
 
     def __init__(self, order: CreatePod, gpu_model: str) -> None:
         self.order = order
@@ -59,6 +59,8 @@ class SimPod:
         """One of its GPUs is ill: nothing in it ever ends."""
         self.running: dict[AttemptKey, SimAttempt] = {}
         self.loras: OrderedDict[str, None] = OrderedDict()
+        self.pipeline = ""
+        """Kind of its last task; only where loads are measured ones."""
 
 
 class SimAttempt:

@@ -186,15 +186,20 @@ class SimWorld:
         if any(grant.uuid in node.ill for grant in order.grants):
             self.after(self.hardware.pod_stop_us, self.pod_gone, order.pod, FailureCause.GPU_LOST, "the GPU is ill")
             return
-        spent = self.hardware.dispatch_us + self.hardware.pod_start_us + self._load(node, order.method, order.model)
+        spent = (
+            self.hardware.dispatch_us + self.hardware.pod_start_us + self._load(node, order.method, order.model, uuid)
+        )
         self.after(spent, self._pod_ready, order.pod, node.life)
 
-    def _load(self, node: SimNode, method: str, model: str) -> Micros:
+    def _load(self, node: SimNode, method: str, model: str, gpu: str) -> Micros:
         """Begin to load a model; return how long it takes from here."""
         size = self.hardware.model_bytes(method, model)
         if not size:
             return 0
         nth = self._loads[model] = self._loads.get(model, 0) + 1
+        if self.hardware.measured is not None:
+            self.count("loads_measured")
+            return self.hardware.measured.base_us(gpu, self.seed, model, nth)
         factor = lognormal(self.hardware.load_sigma, self.seed, "load", model, nth)
         if node.memory.touch(model):
             node.disk.touch(model)
