@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from api.cli import jobs, models, nodes, operate, predict, replay, reproduce, requests, simulate, sweep
+from api.cli import (
+    jobs,
+    models,
+    nodes,
+    operate,
+    predict,
+    replay,
+    reproduce,
+    reproduce_helios,
+    requests,
+    simulate,
+    sweep,
+)
 from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
 
@@ -37,6 +49,7 @@ app.add_typer(nodes.app, name="nodes")
 app.add_typer(models.app, name="models")
 app.add_typer(operate.keys_app, name="keys")
 app.command()(replay.replay)
+reproduce.app.command()(reproduce_helios.helios)
 app.add_typer(reproduce.app, name="reproduce")
 
 

@@ -1,7 +1,7 @@
 """The fast job-level core: gang jobs on nodes of equal size, event by event on SimPy's clock.
 
-Ends are timeouts in SimPy's queue, arrivals one armed timeout at a time; everything happens in callbacks. Decisions are made once per
-instant, after all that is due then. The module keeps to plain integers, lists and heaps: it is the hot path of batch research.
+Ends are timeouts in SimPy's queue, arrivals one armed timeout at a time; everything happens in callbacks. Decisions are made once
+per instant, after all that is due then. The module keeps to plain integers, lists and heaps: it is the hot path of batch research.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ NONE = 2**62
 class SizeLine:
     """Waiting jobs that want the same number of GPUs, as a tree of the shortest run times over their ranks.
 
-    Ranks are known before the run, so each job has its leaf from the start; a job that does not wait stands there with `NONE`. Coming
-    and going cost a few steps up, and the first in rank that is no longer than a given time is found on one way down.
+    Ranks are known before the run, so each job has its leaf from the start; a job that does not wait stands there with `NONE`.
+    Coming and going cost a few steps up, and the first in rank that is no longer than a given time is found on one way down.
     """
 
     __slots__ = ("gpus", "leaves", "ranks", "tree", "waiting")

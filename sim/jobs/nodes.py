@@ -1,8 +1,8 @@
 """The room on nodes of equal size: which are free by how much, kept so that a choice costs no search.
 
 For every amount of free GPUs there is one integer whose bits are the nodes that have it. The lowest set bit is the node with the
-lowest number, so best fit, first fit and worst fit with ties to the lowest number are a few operations on integers, whether there are
-ten nodes or ten thousand.
+lowest number, so best fit, first fit and worst fit with ties to the lowest number are a few operations on integers, whether there
+are ten nodes or ten thousand.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Nodes:
         self.total_free -= gpus
 
     def pick_whole(self, gpus: int, closed: int = 0) -> Pieces | None:
-        """Return whole nodes for a job larger than one, and one more for the remainder: the one with the most free. None: no room."""
+        """Return whole nodes for a job larger than one, and for the remainder the one with the most free; None: no room."""
         per_node = self.per_node
         whole, rest = divmod(gpus, per_node)
         empty = self.levels[per_node] & ~closed

@@ -78,8 +78,8 @@ def simulate_jobs(
 
     `policy` is one of `sim.jobs.workload.POLICIES` or an engine's `Ordering`; `backfill` is ``none`` (nobody overtakes the first in
     line), ``skip`` (whoever fits goes) or ``easy`` (whoever does not delay the first, by `Jobs.estimate_us`); `placement` is
-    ``best-fit``, ``first-fit``, ``worst-fit`` or ``random`` (drawn from `seed`), ties to the lowest number. A job of more than a node
-    takes whole nodes and a remainder on one more; with `spread`, any GPUs anywhere. Equal arguments give equal results.
+    ``best-fit``, ``first-fit``, ``worst-fit`` or ``random`` (drawn from `seed`), ties to the lowest number. A job of more than a
+    node takes whole nodes and a remainder on one more; with `spread`, any GPUs anywhere. Equal arguments give equal results.
     """
     for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
         if value < 1:

@@ -112,9 +112,13 @@ def make_jobs(
             raise WorkloadError(f"{name}: has {len(column)} entries for {count} jobs; give one for each job")
     return Jobs(
         submit[order],
-        *(column[order] for column in columns.values()),
-        tenants=tenants,
-        names=tuple(names[row] for row in order) if names else (),
+        columns["run_s"][order],
+        columns["gpus"][order],
+        columns["estimate_s"][order],
+        columns["priority"][order],
+        columns["tenant"][order],
+        tenants,
+        tuple(names[row] for row in order) if names else (),
     )
 
 
@@ -128,7 +132,7 @@ def _micros(seconds: Sequence[float] | npt.NDArray[np.float64]) -> Ints:
 
 
 def from_workload(workload: Workload) -> Jobs:
-    """Turn a platform's workload into jobs: members times GPUs of each, in whole GPUs; tasks without a known run time are refused."""
+    """Turn a platform's workload into jobs of members times GPUs; tasks without a run time or on shares are refused."""
     rows = []
     for arrival in workload.arrivals:
         task, work_us = arrival.task, arrival.truth.work_us
@@ -138,12 +142,14 @@ def from_workload(workload: Workload) -> Jobs:
             )
         if task.demand.gpu_share != 1000 or task.demand.gpus < 1:
             raise WorkloadError(f"workload: task {task.req_no} wants a share of a GPU or none; jobs take whole ones")
-        rows.append((arrival.at, work_us, task.members * task.demand.gpus, task.priority, task.tenant, task.req_no))
-    tenants = tuple(dict.fromkeys(row[4] for row in rows)) or ("all",)
+        estimate = work_us if task.declared_us is None else task.declared_us
+        gpus = task.members * task.demand.gpus
+        rows.append((arrival.at, work_us, gpus, estimate, task.priority, task.tenant, task.req_no))
+    tenants = tuple(dict.fromkeys(row[5] for row in rows)) or ("all",)
     row_of = {name: row for row, name in enumerate(tenants)}
-    submit, run, gpus, priority = (np.asarray([row[column] for row in rows], np.int64) for column in range(4))
-    tenant = np.asarray([row_of[row[4]] for row in rows], np.int64)
-    return Jobs(submit, run, gpus, run, priority, tenant, tenants, tuple(row[5] for row in rows))
+    columns = [np.asarray([row[column] for row in rows], np.int64) for column in range(5)]
+    tenant = np.asarray([row_of[row[5]] for row in rows], np.int64)
+    return Jobs(*columns, tenant, tenants, tuple(row[6] for row in rows))
 
 
 POLICIES = ("fifo", "priority", "sjf", "ljf", "smallest", "shortest-estimate")
