@@ -70,6 +70,7 @@ class Backlog:
         self._topology = -1
         self._columns = 0
         self._scorers = profile.scorer_values()
+        self._tie = profile.tie
         self._common = Tenant("", -1)
         ordering = profile.ordering
         self._rank = ordering.rank
@@ -423,7 +424,7 @@ class Backlog:
         """Return where a demand fits."""
         fit = self.fits.get((demand, empty))
         if fit is None:
-            fit = self.fits[demand, empty] = Fit(self.state.cluster, demand, self._scorers, empty)
+            fit = self.fits[demand, empty] = Fit(self.state.cluster, demand, self._scorers, empty, self._tie)
         return fit
 
     def _forget(self, pod: Pod) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.cluster import Cluster
+from engine.cluster import Cluster, pick_gpus
 from engine.entities import Node
 from engine.levels.scorers import Scorer
-from engine.resources import WHOLE_GPU, Demand, GpuSpec
+from engine.levels.scoring.draws import draw
+from engine.levels.scoring.protocol import DeviceScorer, fitting_devices, is_shared
+from engine.resources import WHOLE_GPU, Demand, GpuGrant, GpuSpec
+
+TIES = ("first", "last", "name", "random")
+"""Which of several best nodes is taken: the one that joined first or last, the smallest name, or any (drawn by the task)."""
 
 
 class Fit:
@@ -18,13 +23,34 @@ class Fit:
     never count here: its own tasks look at their node directly, by `fits`.
     """
 
-    __slots__ = ("_amounts", "_cluster", "_cursor", "_epoch", "_scorers", "demand", "empty", "scores")
+    __slots__ = (
+        "_amounts",
+        "_cluster",
+        "_cursor",
+        "_devices",
+        "_epoch",
+        "_names",
+        "_scorers",
+        "_tie",
+        "demand",
+        "empty",
+        "scores",
+    )
 
     def __init__(
-        self, cluster: Cluster, demand: Demand, scorers: tuple[tuple[Scorer, int], ...], empty: bool = False
+        self,
+        cluster: Cluster,
+        demand: Demand,
+        scorers: tuple[tuple[Scorer, int], ...],
+        empty: bool = False,
+        tie: str = "first",
     ) -> None:
         self.demand = demand
         self.empty = empty
+        self._tie = tie
+        self._names: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        advice = [each for each, _ in scorers if isinstance(each, DeviceScorer)] if is_shared(demand) else []
+        self._devices = advice[0] if advice else None
         self._cluster = cluster
         self._amounts = cluster.amounts(demand)
         self._scorers = scorers
@@ -50,13 +76,25 @@ class Fit:
         self._epoch = cluster.epoch
         self._cursor = len(changes)
 
-    def best(self) -> Node | None:
-        """Return the best node (the first of equals), or None when none fits."""
+    def best(self, key: int = 0) -> Node | None:
+        """Return the best node, or None when none fits; the tie rule decides between equals, where it draws by `key`."""
         self.refresh()
         if not len(self.scores):
             return None
         row = int(self.scores.argmax())
-        return self._cluster.nodes[row] if self.scores[row] >= 0 else None
+        if self.scores[row] < 0:
+            return None
+        return self._cluster.nodes[row if self._tie == "first" else self._among(row, key)]
+
+    def grants(self, node: Node) -> tuple[GpuGrant, ...] | None:
+        """Choose devices of a node as the scorers advise; None when too few fit."""
+        if self._devices is None:
+            return pick_gpus(node, self.demand)
+        fitting = fitting_devices(node, self.demand)
+        if not fitting:
+            return None
+        gpu = self._devices.device(node, self.demand, fitting)
+        return (GpuGrant(gpu.uuid, self.demand.gpu_share, self.demand.gpu_memory_bytes),)
 
     def score(self, node: Node) -> int:
         """Return a node's masked score as of the last refresh."""
@@ -81,6 +119,19 @@ class Fit:
                         return True
             return False
         return True
+
+    def _among(self, row: int, key: int) -> int:
+        """Return the row that the tie rule takes among those with the score of a row."""
+        rows = np.flatnonzero(self.scores == self.scores[row])
+        if self._tie == "last":
+            return int(rows[-1])
+        if self._tie == "random":
+            return int(rows[draw(key, len(rows)) % len(rows)])
+        if len(self._names) != len(self.scores):
+            order = sorted(range(len(self.scores)), key=lambda at: self._cluster.nodes[at].name)
+            self._names = np.empty(len(order), dtype=np.int64)
+            self._names[order] = np.arange(len(order))
+        return int(rows[self._names[rows].argmin()])
 
     def _score(self, node: Node) -> int:
         if node.exclusive is not None or (self.empty and node.pods) or not self.fits(node):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from engine.levels.ordering import Fifo, Ordering
 from engine.levels.quotas import Quotas
-from engine.levels.scorers import SCORERS, Scorer
+from engine.levels.scorers import Scorer, scorer
+from engine.levels.scoring.fragmentation import Typical
 from engine.tasks import SECOND, Micros
 
 BACKFILLS = ("none", "skip", "easy", "conservative")
@@ -31,6 +32,10 @@ class Profile:
     # placement
     scorers: tuple[tuple[str, int], ...] = ()
     """(name, weight); none: the first node that fits."""
+    tie: str = "first"
+    """Which of several best nodes is taken: first, last, name or random (`engine.fit.TIES`)."""
+    typical: tuple[Typical, ...] = ()
+    """The shapes that the scorer `fgd` keeps room for; none: its own."""
     group_affinity: bool = True
     cached_model_bonus: int = 0
     """Added to the score of a node whose cache probably holds the model."""
@@ -75,4 +80,4 @@ class Profile:
 
     def scorer_values(self) -> tuple[tuple[Scorer, int], ...]:
         """Return the scorers behind the names."""
-        return tuple((SCORERS[name], weight) for name, weight in self.scorers)
+        return tuple((scorer(name, self.typical), weight) for name, weight in self.scorers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
 
-from engine.cluster import pick_gpus
 from engine.commands import Notify
 from engine.entities import Node, Pod, Task
 from engine.kinds import Kind, RoomLine, Shape, WarmLine
@@ -162,7 +161,7 @@ def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     node = choose_node(turn, line, task, shape)
     if node is None:
         return False
-    grants = pick_gpus(node, shape.demand)
+    grants = line.fit.grants(node)
     assert grants is not None
     create_pod(turn, task, node, grants, shape.demand)
     return True
@@ -175,7 +174,7 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
     if line.node >= 0:
         node = cluster.nodes[line.node]
         return node if node.exclusive in (None, group) and fit.fits(node) else None
-    best = fit.best()
+    best = fit.best(task.seq)
     if best is None:
         return None
     if group is not None and group.node is not None and backlog.prefers_group_node(task) and fit.score(group.node) >= 0:

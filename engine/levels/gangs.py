@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from engine.cluster import pick_gpus
 from engine.commands import Notify, StartTask
 from engine.entities import Node, Pod, Task
 from engine.fit import places_on
@@ -72,7 +71,7 @@ def _on_one(turn: Turn, line: RoomLine, node: Node, members: int) -> Places | No
     places: Places = []
     with cluster.trial():
         for _ in range(members):
-            grants = pick_gpus(node, fit.demand) if fit.fits(node) else None
+            grants = fit.grants(node) if fit.fits(node) else None
             if grants is None:
                 return None
             cluster.take(node, grants, fit.demand)
@@ -101,10 +100,10 @@ def _anywhere(turn: Turn, line: RoomLine, task: Task, members: int) -> Places | 
     places: Places = []
     with cluster.trial():
         for _ in range(members):
-            node = fit.best()
+            node = fit.best(task.seq)
             if node is None and group is not None and group.node is not None and group.node.exclusive is group:
                 node = group.node if fit.fits(group.node) else None
-            grants = pick_gpus(node, fit.demand) if node is not None else None
+            grants = fit.grants(node) if node is not None else None
             if node is None or grants is None:
                 return None
             cluster.take(node, grants, fit.demand)

@@ -1,33 +1,22 @@
-"""Scorers of the placement level: how good a node is for a demand that fits there. Larger is better; thousandths, whole numbers.
-
-Each comes twice, for one node in plain integers and for many rows in numpy, and both give the same number: the first refreshes a
-node that changed, the second fills a cache. Whole numbers make that exact on every machine.
-"""
+"""The scorers of the placement level by name, and the two that the profiles have always had: load balance and best fit."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.cluster import CPU, MEMORY, Cluster
 from engine.entities import Node
+from engine.levels.scoring.devices import Clustering, Packing
+from engine.levels.scoring.fragmentation import Typical
+from engine.levels.scoring.gradient import Fgd
+from engine.levels.scoring.plain import Balanced, FirstFit, Random
+from engine.levels.scoring.protocol import Scorer, Scores
+from engine.levels.scoring.vectors import BestFitVector, DotProduct, WorstFit
 from engine.resources import Demand
 
-Scores = npt.NDArray[np.int64]
-
-
-class Scorer(Protocol):
-    """Scores nodes for a demand."""
-
-    def node(self, cluster: Cluster, node: Node, demand: Demand) -> int:
-        """Return the score of one node."""
-        ...
-
-    def nodes(self, cluster: Cluster, demand: Demand) -> Scores:
-        """Return int64[n] scores of all nodes."""
-        ...
+__all__ = ["SCORERS", "BestFit", "Scorer", "Scores", "Spread", "scorer"]
 
 
 class Spread:
@@ -84,4 +73,24 @@ class BestFit:
         return scores
 
 
-SCORERS: dict[str, Scorer] = {"spread": Spread(), "best_fit": BestFit()}
+SCORERS: dict[str, Scorer] = {
+    "spread": Spread(),
+    "best_fit": BestFit(),
+    "first_fit": FirstFit(),
+    "worst_fit": WorstFit(),
+    "best_fit_vector": BestFitVector(),
+    "dot_product": DotProduct(),
+    "balanced": Balanced(),
+    "packing": Packing(),
+    "clustering": Clustering(),
+    "fgd": Fgd(),
+    "random": Random(),
+}
+"""Name in `[placement] scorers` -> scorer."""
+
+
+def scorer(name: str, typical: Sequence[Typical] = ()) -> Scorer:
+    """Return the scorer of that name; `fgd` goes by the typical shapes, where there are some."""
+    if name == "fgd" and typical:
+        return Fgd(typical)
+    return SCORERS[name]

@@ -12,6 +12,7 @@ from engine.levels.orderings import ORDERINGS
 from engine.levels.quotas import QueueSpec, Quotas
 from engine.levels.scorers import SCORERS
 from engine.profile import BACKFILLS, Profile
+from engine.profiles.placement import READERS
 from engine.resources import WHOLE_GPU
 from engine.tasks import SECOND
 
@@ -101,6 +102,12 @@ def _profile(table: dict[str, Any], own_policies: bool) -> Profile:
         for key, raw in content.items():
             if section == "placement" and key == "scorers":
                 values["scorers"] = _scorers(raw)
+                continue
+            if section == "placement" and key in READERS:
+                try:
+                    values[key] = READERS[key](raw)
+                except ValueError as error:
+                    raise InvalidProfile(str(error)) from error
                 continue
             if key not in known:
                 raise InvalidProfile(f"{section}.{key}: there is no such key; use {', '.join(known)}")

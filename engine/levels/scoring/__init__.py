@@ -1,0 +1,1 @@
+"""Scorers of the placement level, one family of policies per file."""
