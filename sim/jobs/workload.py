@@ -142,14 +142,14 @@ def from_workload(workload: Workload) -> Jobs:
             )
         if task.demand.gpu_share != 1000 or task.demand.gpus < 1:
             raise WorkloadError(f"workload: task {task.req_no} wants a share of a GPU or none; jobs take whole ones")
-        estimate = work_us if task.declared_us is None else task.declared_us
-        gpus = task.members * task.demand.gpus
-        rows.append((arrival.at, work_us, gpus, estimate, task.priority, task.tenant, task.req_no))
+        expected = work_us if task.declared_us is None else task.declared_us
+        size = task.members * task.demand.gpus
+        rows.append((arrival.at, work_us, size, expected, task.priority, task.tenant, task.req_no))
     tenants = tuple(dict.fromkeys(row[5] for row in rows)) or ("all",)
     row_of = {name: row for row, name in enumerate(tenants)}
-    columns = [np.asarray([row[column] for row in rows], np.int64) for column in range(5)]
+    submit, run, gpus, estimate, priority = (np.asarray([row[at] for row in rows], np.int64) for at in range(5))
     tenant = np.asarray([row_of[row[5]] for row in rows], np.int64)
-    return Jobs(*columns, tenant, tenants, tuple(row[6] for row in rows))
+    return Jobs(submit, run, gpus, estimate, priority, tenant, tenants, tuple(row[6] for row in rows))
 
 
 POLICIES = ("fifo", "priority", "sjf", "ljf", "smallest", "shortest-estimate")
