@@ -1,0 +1,212 @@
+"""Measures real executors by their journal, in the simulator's terms, and simulates a workload on what was measured.
+
+The run times come from the predictor that learned from the same journal; what is between them - orders that travel, Pods that
+start, results that are written down - is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import simpy
+
+from engine.commands import CreatePod, DeletePod, StartTask
+from engine.events import NodeJoined, PodStarted, PodStopped, TaskFinished, TaskStarted, TaskSubmitted
+from engine.resources import NodeSpec
+from engine.tasks import Micros, TaskSpec
+from predictors.forecaster import OnlineForecaster
+from sim.draws import choice, unit
+from sim.from_journal import StepRecord
+from sim.hardware import GPU_MODELS, Hardware
+from sim.parts import SimNode
+from sim.workload import Arrival, Truth, Workload
+from sim.world import SimWorld
+
+PodKind = tuple[str, str]
+"""(method, model)."""
+_POD_STOP_US = 300_000
+"""Where no Pod was deleted."""
+_POD_START_US = 1_500_000
+"""Where no Pod was created."""
+
+
+class CalibrationError(ValueError):
+    """A journal holds too little to measure executors by; says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a journal says about its executors. Spans in microseconds."""
+
+    dispatch_us: Micros
+    """Half the mean time from an order to start until the report of the start."""
+    starts_us: Mapping[PodKind, tuple[Micros, ...]]
+    """Every Pod's time from its order to the report that it is ready, model load included."""
+    pod_stop_us: Micros
+    report_us: tuple[Micros, ...]
+    """By attempt: how much later its end was reported after its start than it ran, by its own clock."""
+    peak_bytes: Mapping[str, int]
+    """By method: the highest peak of GPU memory."""
+    attempts: int
+    """Finished attempts that were measured."""
+
+    def start_us(self, method: str, model: str) -> Micros | None:
+        """Return the mean time that Pods of a kind took to start; of the method where the model was never seen."""
+        known = self.starts_us.get((method, model))
+        if known is None:
+            known = tuple(each for (kind, _), times in self.starts_us.items() if kind == method for each in times)
+        return round(fmean(known)) if known else None
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values, in milliseconds."""
+        return {
+            "dispatch_ms": self.dispatch_us / 1000,
+            "pod_start_ms": {
+                "/".join(filter(None, kind)): fmean(times) / 1000 for kind, times in self.starts_us.items()
+            },
+            "pod_starts": sum(map(len, self.starts_us.values())),
+            "pod_stop_ms": self.pod_stop_us / 1000,
+            "report_ms": fmean(self.report_us) / 1000 if self.report_us else 0.0,
+            "attempts": self.attempts,
+        }
+
+
+def measure(records: Iterable[StepRecord]) -> Calibration:
+    """Read a journal and return what it says about its executors; raises CalibrationError when no attempt finished in it."""
+    created: dict[int, tuple[Micros, PodKind]] = {}
+    deleted: dict[int, Micros] = {}
+    ordered: dict[tuple[str, int, int], Micros] = {}
+    began: dict[tuple[str, int, int], Micros] = {}
+    methods: dict[str, str] = {}
+    starts: dict[PodKind, list[Micros]] = {}
+    peaks: dict[str, int] = {}
+    travel: list[Micros] = []
+    stops: list[Micros] = []
+    late: list[Micros] = []
+    for record in records:
+        now = record.now
+        for event in record.events:
+            match event:
+                case TaskSubmitted(task):
+                    methods[task.req_no] = task.method
+                case PodStarted(pod) if pod in created:
+                    at, kind = created.pop(pod)
+                    starts.setdefault(kind, []).append(now - at)
+                case PodStopped(pod):
+                    created.pop(pod, None)
+                    if pod in deleted:
+                        stops.append(now - deleted.pop(pod))
+                case TaskStarted(req_no, attempt, rank):
+                    key = (req_no, attempt, rank)
+                    if key in ordered:
+                        travel.append(now - ordered.pop(key))
+                        began[key] = now
+                case TaskFinished(req_no, attempt, rank):
+                    key = (req_no, attempt, rank)
+                    if key in began and event.run_us:
+                        late.append(now - began.pop(key) - event.run_us)
+                    method = methods.get(req_no, "")
+                    peaks[method] = max(peaks.get(method, 0), event.peak_gpu_memory_bytes)
+                case _:
+                    pass
+        for command in record.commands:
+            match command:
+                case CreatePod(pod, _, method, model):
+                    created[pod] = (now, (method, model))
+                case DeletePod(pod):
+                    deleted[pod] = now
+                case StartTask(req_no, attempt, _, _, rank):
+                    ordered[req_no, attempt, rank] = now
+                case _:
+                    pass
+    if not travel:
+        raise CalibrationError("the journal holds no attempt that was started; let the platform run some tasks first")
+    return Calibration(
+        dispatch_us=round(fmean(travel) / 2),
+        starts_us={kind: tuple(times) for kind, times in sorted(starts.items())},
+        pod_stop_us=round(fmean(stops)) if stops else _POD_STOP_US,
+        report_us=tuple(late),
+        peak_bytes=dict(sorted(peaks.items())),
+        attempts=len(travel),
+    )
+
+
+def measured_hardware(calibration: Calibration, nodes: Sequence[NodeSpec]) -> Hardware:
+    """Return a cluster of these nodes with the measured spans; GPU models that nobody knows run as fast as the first one."""
+    models = [gpu.model for node in nodes for gpu in node.gpus] or ["cpu"]
+    known = dict(GPU_MODELS)
+    first = known.get(models[0], known["cpu"])
+    for name in models:
+        known.setdefault(name, replace(first, name=name))
+    return Hardware(
+        tuple(nodes),
+        reference_gpu=models[0],
+        pod_start_us=0,  # `MeasuredWorld` adds what was measured, by method and model
+        dispatch_us=calibration.dispatch_us,
+        pod_stop_us=calibration.pod_stop_us,
+        gpu_models=known,
+    )
+
+
+class MeasuredWorld(SimWorld):
+    """A simulated cluster whose Pods take as long to start as measured ones did."""
+
+    def __init__(self, hardware: Hardware, workload: Workload, seed: int, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._started: dict[PodKind, int] = {}
+        super().__init__(simpy.Environment(), hardware, workload, seed)
+
+    def _load(self, node: SimNode, method: str, model: str, gpu: str = "") -> Micros:
+        """Return how long a Pod takes from its order until it is ready, beyond the order's own way."""
+        kind = (method, model)
+        nth = self._started[kind] = self._started.get(kind, 0) + 1
+        times = self._calibration.starts_us.get(kind)
+        if times:
+            start_us = times[choice(len(times), self.seed, "start", method, model, nth)]
+        else:
+            start_us = self._calibration.start_us(method, model) or _POD_START_US
+        self.count("pod_starts_measured" if times else "pod_starts_guessed")
+        return max(0, start_us - self.hardware.dispatch_us)
+
+
+def learned(records: Iterable[StepRecord]) -> OnlineForecaster:
+    """Return a forecaster that learned from a journal as the one of the platform did."""
+    forecaster = OnlineForecaster()
+    for record in records:
+        forecaster.recall(record.now, record.events, record.commands)
+    return forecaster
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """Draws run times from what a predictor learned, with the measured time of reporting on top."""
+
+    forecaster: OnlineForecaster
+    calibration: Calibration
+    gpu_model: str
+
+    def truth(self, task: TaskSpec, now: Micros, seed: int) -> Truth:
+        """Return what may happen to a task: a draw from its predicted distribution, the same for the same seed."""
+        prediction = self.forecaster.predict(task, now, self.gpu_model)
+        run_us = self.forecaster.predictor.at(prediction, (unit(seed, "run", task.req_no),))[0]
+        late = self.calibration.report_us
+        if late:
+            run_us += late[choice(len(late), seed, "report", task.req_no)]
+        return Truth(max(1, run_us), peak_gpu_memory_bytes=self.calibration.peak_bytes.get(task.method, 0) or 1)
+
+    def workload(self, submitted: Sequence[tuple[Micros, TaskSpec]], seed: int) -> Workload:
+        """Return tasks that arrive at these times, with run times drawn for them."""
+        now = self.forecaster.predictor.watermark_us
+        return Workload("predicted", tuple(Arrival(at, task, self.truth(task, now, seed)) for at, task in submitted))
+
+
+def nodes_of(records: Iterable[StepRecord]) -> tuple[NodeSpec, ...]:
+    """Return the nodes that joined in a journal, as they joined last, in the order in which they came first."""
+    found: dict[str, NodeSpec] = {}
+    for record in records:
+        for event in record.events:
+            if isinstance(event, NodeJoined):
+                found[event.node.name] = event.node
+    return tuple(found.values())
