@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from api.cli import (
+    fidelity,
     jobs,
     models,
     nodes,
@@ -49,6 +50,7 @@ app.add_typer(nodes.app, name="nodes")
 app.add_typer(models.app, name="models")
 app.add_typer(operate.keys_app, name="keys")
 app.command()(replay.replay)
+app.command()(fidelity.fidelity)
 reproduce.app.command()(reproduce_helios.helios)
 app.add_typer(reproduce.app, name="reproduce")
 
