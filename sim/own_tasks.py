@@ -21,7 +21,7 @@ from sim.hardware import GIB
 from sim.readers.rows import open_text
 from sim.workload import Arrival, Truth, Workload, WorkloadError
 
-_OWN = {
+COLUMNS = (
     "submitted_s",
     "seconds",
     "req_no",
@@ -44,7 +44,8 @@ _OWN = {
     "cpu_milli",
     "memory_gib",
     "fails_with",
-}
+)
+"""Every column with a meaning of its own, in the order in which they are written."""
 
 
 def read(path: Path, limit: int | None = None) -> Workload:
@@ -144,7 +145,7 @@ class _Row:
                 f"{self._where}, type, affinity or fails_with: {error}; types are TP and GC, affinities "
                 f"{', '.join(Affinity)}, causes {', '.join(FailureCause)}"
             ) from None
-        features = tuple(sorted((str(name), _feature(value)) for name, value in row.items() if name not in _OWN))
+        features = tuple(sorted((str(name), _feature(value)) for name, value in row.items() if name not in COLUMNS))
         demand = Demand(
             gpus=int(self.number("gpus", 1)),
             gpu_share=int(self.number("gpu_share", WHOLE_GPU)),

@@ -21,7 +21,9 @@ from api.cli import (
     reproduce_helios,
     requests,
     simulate,
+    study,
     sweep,
+    trace,
 )
 from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
@@ -42,6 +44,7 @@ app.command()(operate.agent)
 app.command()(operate.doctor)
 app.command()(simulate.simulate)
 app.command()(sweep.sweep)
+app.add_typer(study.app, name="study")
 app.add_typer(predict.app, name="predict")
 app.command()(requests.generate)
 app.command()(requests.train)
@@ -51,6 +54,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(operate.keys_app, name="keys")
 app.command()(replay.replay)
 app.command()(fidelity.fidelity)
+app.add_typer(trace.app, name="trace")
 reproduce.app.command()(reproduce_helios.helios)
 app.add_typer(reproduce.app, name="reproduce")
 

@@ -55,7 +55,7 @@ def _row(fields: Fields, intake: Intake, options: ReaderOptions) -> TraceRow | N
     else:
         members, gpus = gang(total, options.gpus_per_node)
     cores = fields.whole("cpu_num", 0) if fields.known("cpu_num") else 0
-    features: dict[str, str | int | float] = {"gpus": total, "nodes": max(1, nodes)}
+    features: dict[str, str | int | float] = {"total_gpus": total, "nodes": max(1, nodes)}
     if fields.known("user"):
         features["user"] = f"user-{fields.text('user')}"
     demand = Demand(gpus=gpus, gpu_share=1000, cpu_milli=-(-cores * 1000 // members))

@@ -64,7 +64,7 @@ def _row(fields: Fields, intake: Intake, options: ReaderOptions) -> TraceRow | N
         cpu_milli=fields.whole("cpu_milli", high=10**7),
         memory_bytes=fields.whole("memory_mib", high=10**8) << 20,
     )
-    features: dict[str, str | int | float] = {"gpus": round(gpus * share / WHOLE_GPU, 3)}
+    features: dict[str, str | int | float] = {"total_gpus": round(gpus * share / WHOLE_GPU, 3)}
     if fields.known("qos"):
         features["qos"] = fields.text("qos")
     task = batch_task(fields.text("name"), "tenant-0", demand, 1, features)

@@ -98,9 +98,9 @@ def _job_row(fields: Fields, intake: Intake, options: ReaderOptions) -> TraceRow
     cpu = fields.number("num_cpu", 0, high=1e5) * 1000 if fields.known("num_cpu") else 0.0
     work = round(fields.number("duration") * SECOND)
     features: dict[str, str | int | float] = {}
-    for name in ("user", "group"):
+    for name, feature in (("user", "user"), ("group", "job_group")):
         if fields.known(name):
-            features[name] = f"{name}-{fields.text(name)}"
+            features[feature] = f"{name}-{fields.text(name)}"
     at = round(fields.number("submit_time") * SECOND)
     return _row(fields, intake, options, f"job-{fields.text('job_id')}", at, work, gpus, cpu, 0.0, features)
 
@@ -137,5 +137,5 @@ def _row(
         memory_bytes=round(memory_bytes),
     )
     tenant = str(features.get("user", "tenant-0"))
-    task = batch_task(name, tenant, demand, members, {"gpus": round(gpus, 3), "instances": members, **features})
+    task = batch_task(name, tenant, demand, members, {"total_gpus": round(gpus, 3), "instances": members, **features})
     return TraceRow(fields.line, at, task, Truth(work_us=max(1, work)))

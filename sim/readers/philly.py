@@ -119,5 +119,5 @@ def _job(
     options: ReaderOptions,
 ) -> TraceRow:
     members, gpus = gang(total, options.gpus_per_node)
-    task = batch_task(name, tenant, Demand(gpus=gpus), members, {"gpus": total, **features})
+    task = batch_task(name, tenant, Demand(gpus=gpus), members, {"total_gpus": total, **features})
     return TraceRow(line, at, task, Truth(work_us=max(1, work_us)))

@@ -36,6 +36,7 @@ FIELDS = (
     "think_time",
 )
 _HEADER_FACTS = ("Version", "Computer", "MaxJobs", "MaxNodes", "MaxProcs", "UnixStartTime", "TimeZoneString")
+_FEATURES = {"group": "unix_group"}
 _CANCELLED = 5
 _PARTIAL = 2
 """A checkpointed piece of a job whose whole is a record of its own."""
@@ -97,11 +98,11 @@ def _row(line: int, words: list[str], intake: Intake, options: ReaderOptions) ->
     if 0 < limit < run:
         intake.counts["ran longer than asked for"] += 1
     members, gpus = gang(processors, options.gpus_per_node)
-    features: dict[str, str | int | float] = {"gpus": processors}
+    features: dict[str, str | int | float] = {"total_gpus": processors}
     names = {
         name: fields.whole(name, low=-1, high=10**12) for name in ("user", "group", "executable", "queue", "partition")
     }
-    features.update({name: f"{name}-{value}" for name, value in names.items() if value >= 0})
+    features.update({_FEATURES.get(name, name): f"{name}-{value}" for name, value in names.items() if value >= 0})
     tenant = next((f"{name}-{names[name]}" for name in ("group", "user") if names[name] >= 0), "tenant-0")
     task = batch_task(
         f"job-{number}" if number >= 0 else f"line-{line}",
