@@ -19,7 +19,9 @@ from sim.jobs.nodes import BEST_FIT, WORST_FIT, Nodes, Pieces
 BLOCKING: Final = 0
 SKIP: Final = 1
 EASY: Final = 2
-BACKFILLS = {"none": BLOCKING, "skip": SKIP, "easy": EASY}
+ACCASIM: Final = 3
+"""EASY as AccaSim 1.1.3 has it: the first in line is promised a time once and not tried before, and others overtake it freely."""
+BACKFILLS = {"none": BLOCKING, "skip": SKIP, "easy": EASY, "accasim": ACCASIM}
 
 _PROGRESS_EVERY = 8192
 
@@ -71,7 +73,8 @@ class JobCore:
         if backfill:
             self._make_sizes()
         self._ends: list[tuple[int, int]] = []
-        """(expected end, job) of running jobs, ascending; kept for EASY alone."""
+        """(expected end, job) of running jobs, ascending; kept where reservations are made."""
+        self._reserves = backfill in (EASY, ACCASIM)
         self._reserved_for = NONE
         self._shadow = NONE
         self._closed = 0
@@ -99,10 +102,19 @@ class JobCore:
             at = peek()
             if due and at > self.now:
                 due = False
-                self._decide(self.now)
+                self.decisions += 1
+                if self.backfill == ACCASIM:
+                    self._decide_as_accasim(self.now)
+                else:
+                    self._decide(self.now)
+                if self._waiting > self.longest_line:
+                    self.longest_line = self._waiting
                 continue
             if at == simpy.core.Infinity:
-                break
+                if not self._waiting:
+                    break
+                self._await_promise()
+                continue
             step()
             due = True
             self.events += 1
@@ -112,6 +124,15 @@ class JobCore:
     def _arm(self) -> None:
         if self._next < len(self.submit):
             self.env.timeout(self.submit[self._next] - self.now).callbacks.append(self._arrive)
+
+    def _await_promise(self) -> None:
+        """Nothing is under way, and the first still waits for the time that it was promised."""
+        if self._shadow <= self.now:
+            raise AssertionError("jobs wait on an empty cluster; report this with the workload")
+        self.env.timeout(self._shadow - self.now, self._shadow).callbacks.append(self._promised)
+
+    def _promised(self, event: Any) -> None:
+        self.now = event.value
 
     def _arrive(self, _event: Any) -> None:
         submit, rank, fresh = self.submit, self.rank, self._fresh
@@ -134,7 +155,7 @@ class JobCore:
         else:
             for where, gpus in self.pieces[job]:
                 nodes.take(where, -gpus)
-        if self.backfill == EASY:
+        if self._reserves:
             expected = self.start[job] + self.estimate[job]
             ends = self._ends
             del ends[bisect_left(ends, (expected, job))]
@@ -145,7 +166,6 @@ class JobCore:
 
     def _decide(self, now: int) -> None:
         """Start whom the policy lets start now."""
-        self.decisions += 1
         fresh = self._fresh
         blocked = self._waiting > 0 and not self._freed
         if fresh:
@@ -173,8 +193,26 @@ class JobCore:
                         self._fill(rank, now)
             else:
                 self._fill_all(now)
-        if self._waiting > self.longest_line:
-            self.longest_line = self._waiting
+
+    def _decide_as_accasim(self, now: int) -> None:
+        if self._fresh:
+            self._admit(now, self._fresh)
+        line, job_at = self._line, self.job_at
+        if self._reserved_for != NONE and self._shadow <= now and self._place(job_at[self._reserved_for], now):
+            self._waiting -= 1
+            self._reserved_for = NONE
+        while self._waiting and self._reserved_for == NONE:
+            head = heappop(line)
+            job = job_at[head]
+            if self.start[job] >= 0:
+                continue
+            if self._place(job, now):
+                self._leave(head, job)
+            else:
+                self._reserve(head, self.gpus[job], now)
+                self._size_of[self.gpus[job]].go(head)
+        if self._waiting > 1:
+            self._fill_all(now)
 
     def _admit(self, now: int, fresh: list[int]) -> list[int]:
         """Let those that came at this instant start when nobody waits, and wait otherwise; return those that wait."""
@@ -182,7 +220,7 @@ class JobCore:
         if len(fresh) > 1:
             fresh.sort()
         first = 0
-        if not self._waiting:
+        if not self._waiting:  # The line is empty, so this is what trying its head comes to.
             while first < len(fresh) and self._place(self.job_at[fresh[first]], now):
                 first += 1
             if first:
@@ -221,7 +259,7 @@ class JobCore:
             self._take(job, pieces)
         self.start[job] = now
         self.env.timeout(self.run_us[job], job).callbacks.append(self._end)
-        if self.backfill == EASY:
+        if self._reserves:
             insort(self._ends, (now + self.estimate[job], job))
         return True
 
@@ -287,7 +325,7 @@ class JobCore:
         """Start one job ahead of the first if that delays the first in no way, as far as estimates hold."""
         job = self.job_at[rank]
         gpus = self.gpus[job]
-        if self.backfill == SKIP or self.estimate[job] <= self._shadow - now:
+        if self.backfill != EASY or self.estimate[job] <= self._shadow - now:
             started = self._place(job, now)
         elif self.nodes.spread:
             started = gpus <= self._extra and self._place(job, now)

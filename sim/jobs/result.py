@@ -76,10 +76,11 @@ def simulate_jobs(
 ) -> JobsResult:
     """Run jobs on nodes of equal size, without preemption.
 
-    `policy` is one of `sim.jobs.workload.POLICIES` or an engine's `Ordering`; `backfill` is ``none`` (nobody overtakes the first in
-    line), ``skip`` (whoever fits goes) or ``easy`` (whoever does not delay the first, by `Jobs.estimate_us`); `placement` is
-    ``best-fit``, ``first-fit``, ``worst-fit`` or ``random`` (drawn from `seed`), ties to the lowest number. A job of more than a
-    node takes whole nodes and a remainder on one more; with `spread`, any GPUs anywhere. Equal arguments give equal results.
+    `policy` is one of `sim.jobs.workload.POLICIES` or an engine's `Ordering`. `backfill` is ``none`` (nobody overtakes the first in
+    line), ``skip`` (whoever fits goes), ``easy`` (whoever does not delay the first, by `Jobs.estimate_us`) or ``accasim`` (that
+    simulator's own reading of EASY, for comparisons with it; docs/reproduce.md). `placement` is ``best-fit``, ``first-fit``,
+    ``worst-fit`` or ``random`` (drawn from `seed`), ties to the lowest number. A job of more than a node takes whole nodes and a
+    remainder on one more; with `spread`, any GPUs anywhere. Equal arguments give equal results.
     """
     for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
         if value < 1:
