@@ -14,6 +14,7 @@ from engine.entities import Account, Group, Pod, Task, Tenant
 from engine.fit import Fit, places_on
 from engine.kinds import Kind, RoomLine, Shape, WarmLine, WarmSet, cap_of, rounded_up
 from engine.levels.ordering import AGED, ORDINARY
+from engine.levels.waiting import Waiting
 from engine.lines import Line, Parked, Rank
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
@@ -82,6 +83,7 @@ class Backlog:
         self._aged_every = ordering.aged_every
         self._warm_reuse = profile.warm_reuse
         self._spread_slots = profile.spread_slots
+        self.waiting = Waiting(state, profile) if profile.in_order else None
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -93,6 +95,8 @@ class Backlog:
         self.room_lines.clear()
         self.bound.clear()
         self.urgent = 0
+        if self.waiting is not None:
+            self.waiting.clear()
         self.active.clear()
         self.kinds_awake.clear()
         self.woken.clear()
@@ -171,6 +175,8 @@ class Backlog:
         room.push(entry, band, tenant, tenant_seq, account, group_seq)
         self.active[room] = self.woken[room] = None
         room.active = True
+        if self.waiting is not None:
+            self.waiting.add(task, band, key)
         if band == AGED:
             self.may_be_aged = self._aged_every > 0
         if task.urgent:
@@ -188,6 +194,8 @@ class Backlog:
         if not task.line_ticket:
             return
         task.line_ticket = 0
+        if self.waiting is not None:
+            self.waiting.drop(task)
         self.urgent -= task.urgent
         for line in task.lines:
             line.live -= 1
@@ -207,6 +215,8 @@ class Backlog:
 
     def tenant_changed(self, tenant: Tenant) -> None:
         """Let tasks that waited for their tenant's quota be seen again."""
+        if self.waiting is not None:
+            self.waiting.all_may_start = True
         if tenant.seq in self.parked and not (tenant.max_running and tenant.running >= tenant.max_running):
             for line in list(self.parked[tenant.seq]):
                 if not line.unpark(tenant):
@@ -218,6 +228,8 @@ class Backlog:
 
     def pod_changed(self, pod: Pod) -> None:
         """Offer a Pod's free slots, or withdraw them."""
+        if self.waiting is not None:
+            self.waiting.pod_changed(pod)
         warm = pod.warm
         if warm is None:
             warm = pod.warm = self._kind(pod.method, pod.model, pod.slots, pod.demand).set_of(cap_of(pod))

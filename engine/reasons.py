@@ -17,6 +17,8 @@ class Reason(StrEnum):
     DEADLINE_PASSED = "deadline_passed"
     # waiting
     TENANT_RUNNING_QUOTA = "tenant_running_quota"
+    QUEUE_QUOTA = "queue_quota"
+    RESERVED_FOR_OTHER = "reserved_for_other"
     NO_NODE = "no_node"
     NODE_DOWN = "node_down"
     NODE_DRAINING = "node_draining"

@@ -6,6 +6,7 @@ from engine.backlog import Backlog
 from engine.cluster import BASE_COLUMNS, Cluster
 from engine.entities import Node, Task
 from engine.kinds import Shape, cap_of
+from engine.levels.quotas import Balance, gpus_of
 from engine.profile import Profile
 from engine.reasons import Blocker, Reason
 from engine.resources import Demand
@@ -59,6 +60,7 @@ def _waiting(state: State, backlog: Backlog, profile: Profile, task: Task) -> li
     if tenant.max_running and tenant.running >= tenant.max_running:
         detail = f"tenant {tenant.name!r} runs {tenant.running} tasks, its limit is {tenant.max_running}"
         found.append(Blocker(Reason.TENANT_RUNNING_QUOTA, detail, missing=tenant.running - tenant.max_running + 1))
+    found += _passed_over(state, backlog, profile, task)
     shape = backlog.shape_of(task)
     nodes = state.cluster.nodes
     row, empty = backlog.where(task, shape)
@@ -79,6 +81,29 @@ def _waiting(state: State, backlog: Backlog, profile: Profile, task: Task) -> li
         found.append(Blocker(Reason.ORDER, f"{fitting} nodes have room; it is decided in the next step", nodes=fitting))
     if state.pending > 1:
         found.append(Blocker(Reason.ORDER, f"{state.pending - 1} other tasks wait as well", missing=state.pending - 1))
+    return found
+
+
+def _passed_over(state: State, backlog: Backlog, profile: Profile, task: Task) -> list[Blocker]:
+    """Return what a queue's limit and the reservations of others add, where tasks start in exact order."""
+    waiting = backlog.waiting
+    if waiting is None:
+        return []
+    found: list[Blocker] = []
+    if profile.quotas is not None and waiting.accounts is not None:
+        balance = Balance(profile.quotas, list(state.tenants.values()), waiting.accounts)
+        queue = balance.exceeded(task)
+        if queue is not None:
+            held = balance.held[balance.quotas.queues.index(queue)]
+            detail = f"queue {queue.name!r} holds {held} thousandths of GPUs, its limit is {queue.limit}"
+            found.append(Blocker(Reason.QUEUE_QUOTA, detail, missing=held + gpus_of(task) - queue.limit))
+    other = waiting.held_back.get(task.seq, "")
+    if not other and profile.backfill == "none" and waiting.blocked and waiting.blocked[0] is not task:
+        other = waiting.blocked[0].req_no
+    if other:
+        found.append(
+            Blocker(Reason.RESERVED_FOR_OTHER, f"the room it would fit in is kept for {other}, which comes before")
+        )
     return found
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
 
-from engine.commands import Notify
-from engine.entities import Node, Pod, Task
-from engine.kinds import Kind, RoomLine, Shape, WarmLine
+from engine.entities import Task
+from engine.kinds import Kind, RoomLine, WarmLine
+from engine.levels.backfill import place_in_order
+from engine.levels.choice import bind_warm, choose_node, room_version
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
 from engine.levels.room import claim, make_room
 from engine.lines import Rank
-from engine.making import start_task
-from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 
 
@@ -23,6 +22,9 @@ def place(turn: Turn) -> None:
     compete for, so there the next one of all lines is served.
     """
     backlog = turn.backlog
+    if backlog.waiting is not None:
+        place_in_order(turn, backlog.waiting)
+        return
     backlog.wake_by_changes()
     for line in list(backlog.active):
         if line.node < 0 and line.members == 1 and line.fit.best() is None:
@@ -144,15 +146,6 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     return True
 
 
-def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
-    """Give a task a slot of a Pod: start it, or let it wait for a Pod that is being created."""
-    attempt = task.attempt + 1
-    if pod.state is PodState.CREATING:
-        turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
-    else:
-        turn.order(start_task(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint))
-
-
 def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     """Create a Pod for a task where there is room."""
     shape = task.shape
@@ -165,29 +158,6 @@ def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     assert grants is not None
     create_pod(turn, task, node, grants, shape.demand)
     return True
-
-
-def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | None:
-    """Return the node for a new Pod: the group's, else the best by score with a bonus where the model is cached."""
-    backlog, cluster, fit = turn.backlog, turn.state.cluster, line.fit
-    group = task.group
-    if line.node >= 0:
-        node = cluster.nodes[line.node]
-        return node if node.exclusive in (None, group) and fit.fits(node) else None
-    best = fit.best(task.seq)
-    if best is None:
-        return None
-    if group is not None and group.node is not None and backlog.prefers_group_node(task) and fit.score(group.node) >= 0:
-        return group.node
-    bonus = turn.profile.cached_model_bonus
-    if not bonus or task.spec.model in best.models:
-        return best
-    top = (fit.score(best) - bonus, -best.index)
-    for row in cluster.cached.get(task.spec.model, ()):
-        score = int(fit.scores[row])
-        if score >= 0 and (score, -row) > top:
-            best, top = cluster.nodes[row], (score, -row)
-    return best
 
 
 def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
@@ -240,7 +210,7 @@ def reclaim(turn: Turn) -> bool:
         return False
     waiting = []
     for line in backlog.room_lines.values():
-        if line.live and not line.active and line.members == 1 and line.failed_at != _version(turn):
+        if line.live and not line.active and line.members == 1 and line.failed_at != room_version(turn):
             head = line.head()
             if head is not None:
                 waiting.append((head[0], line, head[1]))
@@ -256,18 +226,13 @@ def reclaim(turn: Turn) -> bool:
     return made
 
 
-def _version(turn: Turn) -> tuple[int, int, int]:
-    cluster = turn.state.cluster
-    return turn.backlog.idle_version, cluster.version, turn.state.deployed
-
-
 def claim_room(turn: Turn, task: Task, line: RoomLine) -> bool:
     """Claim room for a task where idle Pods can go."""
-    if len(turn.state.claims) >= turn.limits.claims or line.failed_at == _version(turn):
+    if len(turn.state.claims) >= turn.limits.claims or line.failed_at == room_version(turn):
         return False
     found = make_room(turn, task, line)
     if found is None:
-        line.failed_at = _version(turn)
+        line.failed_at = room_version(turn)
         return False
     claim(turn, task, found[0], found[1], line.fit.demand, found[2])
     return True

@@ -7,9 +7,12 @@ from engine.entities import Node, Pod, Task
 from engine.fit import places_on
 from engine.kinds import RoomLine, Shape
 from engine.levels.creation import create_pod
+from engine.levels.reservations import Plan, room_for
 from engine.resources import GpuGrant
-from engine.tasks import Affinity, PodState, TaskState
+from engine.tasks import Affinity, Micros, PodState, TaskState
 from engine.turn import Turn
+
+Places = list[tuple[Node, tuple[GpuGrant, ...]]]
 
 
 def place_gang(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> bool:
@@ -18,11 +21,17 @@ def place_gang(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> bool:
     places = _new_places(turn, line, task, task.spec.members - len(warm))
     if places is None:
         return False
+    _begin(turn, task, shape, warm, places)
+    return True
+
+
+def _begin(turn: Turn, task: Task, shape: Shape, warm: list[Pod], places: Places) -> None:
+    """Start a gang in warm Pods, or bind it to them and to those that are created."""
     attempt = task.attempt + 1
     if not places and all(pod.state is not PodState.CREATING for pod in warm):
         for rank, pod in enumerate(warm):
             turn.order(StartTask(task.req_no, attempt, pod.number, pod.node.name, rank, task.checkpoint))
-        return True
+        return
     for rank, pod in enumerate(warm):
         turn.order(
             Notify(
@@ -31,7 +40,50 @@ def place_gang(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> bool:
         )
     for rank, (node, grants) in enumerate(places, start=len(warm)):
         create_pod(turn, task, node, grants, shape.demand, rank, attempt)
+
+
+def place_gang_within(turn: Turn, line: RoomLine, task: Task, shape: Shape, plan: Plan, run_us: Micros) -> bool:
+    """Place a gang as `place_gang` does, on nodes where it delays no reservation."""
+    warm = [pod for pod in _warm_pods(turn, line, task, shape) if pod.node.index not in plan.rows]
+    version = turn.state.cluster.version
+    places = _allowed_places(turn, line, task, task.spec.members - len(warm), plan, run_us)
+    turn.state.cluster.version = version
+    if places is None:
+        return False
+    _begin(turn, task, shape, warm, places)
+    for pod in warm:
+        plan.changed(pod.node)
+    for node, _ in places:
+        plan.changed(node)
     return True
+
+
+def _allowed_places(turn: Turn, line: RoomLine, task: Task, members: int, plan: Plan, run_us: Micros) -> Places | None:
+    cluster, fit, group = turn.state.cluster, line.fit, task.group
+    fit.refresh()
+    rows = [row for row, score in enumerate(fit.scores.tolist()) if score >= 0] if line.node < 0 else [line.node]
+    rows.sort(key=lambda row: (-int(fit.scores[row]), row))
+    one = line.node >= 0 or (group is not None and task.spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE))
+    places: Places = []
+    for row in rows:
+        node = cluster.nodes[row]
+        if node.exclusive not in (None, group):
+            continue
+        most = 1 if fit.empty else members - len(places)
+        count = room_for(turn, node, fit, most)
+        while count and not plan.allows(node, fit, count, run_us):
+            count -= 1
+        if one and count < members:
+            continue
+        with cluster.trial():
+            for _ in range(count):
+                grants = fit.grants(node)
+                assert grants is not None
+                cluster.take(node, grants, fit.demand)
+                places.append((node, grants))
+        if len(places) == members:
+            return places
+    return places if len(places) == members else None  # none may be needed
 
 
 def _warm_pods(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> list[Pod]:
@@ -45,9 +97,6 @@ def _warm_pods(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> list[Pod
                     found += [pod for pod in pods.values() if pod.node.exclusive in (None, task.group)]
     found.sort(key=lambda pod: (pod.state is PodState.CREATING, pod.offered, pod.number))
     return found[: task.spec.members]
-
-
-Places = list[tuple[Node, tuple[GpuGrant, ...]]]
 
 
 def _new_places(turn: Turn, line: RoomLine, task: Task, members: int) -> Places | None:

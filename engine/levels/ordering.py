@@ -19,10 +19,15 @@ GPUS = -1
 class Holdings(Protocol):
     """Who holds how much of the cluster now, in Pods and in claimed room."""
 
-    total: Mapping[int, int]
-    """Column -> amount that all nodes have that are up."""
-    tenants: int
-    """Tenants that hold or wait for anything."""
+    @property
+    def total(self) -> Mapping[int, int]:
+        """Column -> amount that all nodes have that take work."""
+        ...
+
+    @property
+    def tenants(self) -> int:
+        """Tenants that hold or wait for anything."""
+        ...
 
     def held(self, tenant: Tenant) -> Mapping[int, int]:
         """Return column -> amount that a tenant holds."""

@@ -1,0 +1,347 @@
+"""Reservations: when and where tasks that find no room now will have it, and what others may do until then.
+
+Times follow from predictions: a running task ends when its estimate says, and no later than its run limit allows; one that has
+outlived its estimate is expected to need as long again as it overran. A plan is made anew in every step, from the state alone. It
+plays one node forward at a time on the node's plain values and takes everything back before it returns, so it sees real devices,
+not counts. As long as predictions hold, nobody who starts under a plan delays a reservation in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from engine.entities import Node, Pod, Task
+from engine.fit import Fit, places_on
+from engine.kinds import RoomLine, Shape
+from engine.resources import Demand, GpuGrant
+from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
+from engine.turn import Turn
+
+Release = tuple[Micros, int, tuple[GpuGrant, ...], Demand]
+"""(when, number of the Pod, what becomes free then); a claim has the number 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Room for `count` Pods of a demand on one node, over a span of time."""
+
+    start: Micros
+    end: Micros
+    fit: Fit
+    count: int
+    req_no: str = ""
+
+
+class Plan:
+    """The reservations of one step."""
+
+    __slots__ = ("_ends", "_idle_goes", "_turn", "made", "rows")
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+        self._ends: dict[int, list[Release]] = {}
+        self._idle_goes = turn.profile.reclaim_idle
+        self.rows: dict[int, list[Reservation]] = {}
+        self.made = 0
+        """Tasks that have a reservation."""
+
+    def duration(self, task: Task) -> Micros:
+        """Return how long a waiting task will run by its prediction, less what a checkpoint holds, at most its run limit."""
+        left = max(1, task.predicted_us - task.kept_us)
+        limit = task.spec.run_limit_us
+        return left if limit is None else min(left, limit)
+
+    def changed(self, node: Node) -> None:
+        """Note that something was placed on a node."""
+        self._ends.pop(node.index, None)
+
+    # --- may it start? -------------------------------------------------------------------------------------------------
+
+    def allows(self, node: Node, fit: Fit, count: int, run_us: Micros) -> bool:
+        """Tell whether Pods may be started on a node now and stay that long without delaying a reservation there."""
+        if node.index not in self.rows:
+            return True
+        now = self._turn.now
+        return self._holds(node, Reservation(now, now + run_us, fit, count))
+
+    def allows_in(self, pod: Pod, run_us: Micros) -> bool:
+        """Tell whether a Pod may go on for that long without delaying a reservation on its node."""
+        if pod.node.index not in self.rows:
+            return True
+        return self._holds(pod.node, None, pod.number, self._turn.now + run_us)
+
+    def blamed(self, node: Node) -> str:
+        """Return for whom a node is reserved first."""
+        return self.rows[node.index][0].req_no if node.index in self.rows else ""
+
+    def reserved_for(self) -> str:
+        """Return for whom anything is reserved first."""
+        return next((each[0].req_no for each in self.rows.values()), "")
+
+    def in_the_way(self, task: Task) -> dict[int, list[Pod]]:
+        """Return the idle Pods, by row, that must go for a task whose room is reserved; those idle longest go first."""
+        cluster, idle = self._turn.state.cluster, self._turn.backlog.idle
+        found: dict[int, list[Pod]] = {}
+        for row, reserved in self.rows.items():
+            node = cluster.nodes[row]
+            for each in reserved:
+                if each.req_no == task.req_no:
+                    pods = [p for p in node.pods.values() if p.number in idle and not self._turn.is_kept(p)]
+                    pods.sort(key=lambda pod: (pod.idle_since, pod.number))
+                    found[row] = self._spared(node, each, pods)
+        return found
+
+    def _spared(self, node: Node, wanted: Reservation, idle: list[Pod]) -> list[Pod]:
+        """Return as many of the idle Pods as a reservation needs to go, besides those that are going anyway."""
+        cluster = self._turn.state.cluster
+        going = [p for p in node.pods.values() if p.number not in self._turn.backlog.idle]
+        free = [p for p in going if self.ends_at(p) <= self._turn.now + 1]
+        for pod in free:
+            cluster.suppose(node, pod.grants, pod.demand, 1)
+        gone: list[Pod] = []
+        for pod in idle:
+            if not wanted.fit.empty and has_room(self._turn, node, wanted.fit, wanted.count):
+                break
+            cluster.suppose(node, pod.grants, pod.demand, 1)
+            gone.append(pod)
+        for pod in [*free, *gone]:
+            cluster.suppose(node, pod.grants, pod.demand, -1)
+        return gone
+
+    # --- when will it start? -------------------------------------------------------------------------------------------
+
+    def reserve(self, task: Task, line: RoomLine, shape: Shape) -> Micros:
+        """Reserve the earliest room for a task; return when that is, NEVER when no node can be foreseen to have it."""
+        members = task.spec.members
+        if members == 1 or line.node >= 0 or self._together(task):
+            found = self._earliest_on_one(task, line, members)
+        else:
+            found = self._earliest_anywhere(task, line, members)
+        if found is None:
+            return NEVER
+        start, counts = found
+        end = start + self.duration(task)
+        for row, count in counts.items():
+            self.rows.setdefault(row, []).append(Reservation(start, end, line.fit, count, task.req_no))
+        self.made += 1
+        return start
+
+    def forget(self, task: Task) -> None:
+        """Drop the reservation of a task again."""
+        for row in list(self.rows):
+            self.rows[row] = [each for each in self.rows[row] if each.req_no != task.req_no]
+            if not self.rows[row]:
+                del self.rows[row]
+        self.made -= 1
+
+    def _together(self, task: Task) -> bool:
+        return task.group is not None and task.spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE)
+
+    def _nodes(self, task: Task, line: RoomLine) -> list[Node]:
+        """Return the nodes that could hold a task once others have gone."""
+        cluster, waiting = self._turn.state.cluster, self._turn.backlog.waiting
+        assert waiting is not None
+        able = waiting.able(line.fit.demand)
+        nodes = cluster.nodes if line.node < 0 else [cluster.nodes[line.node]]
+        return [
+            node
+            for node in nodes
+            if node.up and not node.draining and node.exclusive in (None, task.group) and able[node.index]
+        ]
+
+    def _earliest_on_one(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
+        run_us = self.duration(task)
+        best, row = NEVER, -1
+        for node in self._nodes(task, line):
+            if count > 1 and places_on(self._turn.state.cluster, node, line.fit.demand, count) < count:
+                continue
+            start = self._first_time(node, line.fit, count, run_us, best)
+            if start < best:
+                best, row = start, node.index
+        return None if row < 0 else (best, {row: count})
+
+    def _earliest_anywhere(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
+        """Take the first moment at which enough nodes together have room."""
+        run_us = self.duration(task)
+        offers: list[tuple[Micros, int]] = []
+        for node in self._nodes(task, line):
+            if node.index not in self.rows:
+                offers += [(at, node.index) for at in self._times(node, line.fit, count)]
+                continue
+            for several in range(1, count + 1):
+                at = self._first_time(node, line.fit, several, run_us, NEVER)
+                if at == NEVER:
+                    break
+                offers.append((at, node.index))
+        offers.sort()
+        while len(offers) >= count:
+            start = offers[count - 1][0]
+            counts: dict[int, int] = {}
+            for _, row in offers[:count]:
+                counts[row] = counts.get(row, 0) + 1
+            wrong = self._wrong(counts, line.fit, start, run_us)
+            if not wrong:
+                return start, counts
+            offers = [offer for offer in offers if offer[1] not in wrong]
+        return None
+
+    def _wrong(self, counts: dict[int, int], fit: Fit, start: Micros, run_us: Micros) -> list[int]:
+        """Return the nodes with reservations on which a gang's common start would not hold after all."""
+        nodes = self._turn.state.cluster.nodes
+        return [
+            row
+            for row, count in counts.items()
+            if row in self.rows and not self._holds(nodes[row], Reservation(start, start + run_us, fit, count))
+        ]
+
+    def _first_time(self, node: Node, fit: Fit, count: int, run_us: Micros, before: Micros) -> Micros:
+        """Return when a node first has room for `count` Pods that stay for `run_us`, if that is sooner than `before`."""
+        if node.index not in self.rows:
+            times = self._times(node, fit, count, before)
+            return times[count - 1] if len(times) >= count else NEVER
+        soon = self._turn.now + 1
+        candidates = {soon, *(release[0] for release in self._releases(node))}
+        candidates.update(each.end for each in self.rows[node.index])
+        for start in sorted(candidates):
+            if start >= before or start == NEVER:
+                break
+            if start >= soon and self._holds(node, Reservation(start, start + run_us, fit, count)):
+                return start
+        return NEVER
+
+    def _times(self, node: Node, fit: Fit, count: int, before: Micros = NEVER) -> list[Micros]:
+        """Return when a node without reservations has room for one, two, ... `count` Pods as those in it end."""
+        cluster, demand = self._turn.state.cluster, fit.demand
+        undo: list[tuple[tuple[GpuGrant, ...], Demand, int]] = []
+        times: list[Micros] = []
+        soon = self._turn.now + 1
+        releases = self._releases(node)
+        left = len(releases)
+        for at, _, grants, held in [(soon, 0, (), _NOTHING), *releases]:
+            if at >= before or at == NEVER:
+                break
+            cluster.suppose(node, grants, held, 1)
+            undo.append((grants, held, -1))
+            left -= held is not _NOTHING
+            while len(times) < count and fit.fits(node) and not (fit.empty and left):
+                taken = fit.grants(node)
+                assert taken is not None
+                cluster.suppose(node, taken, demand, -1)
+                undo.append((taken, demand, 1))
+                times.append(max(at, soon))
+            if len(times) == count:
+                break
+        for grants, held, sign in reversed(undo):
+            cluster.suppose(node, grants, held, sign)
+        return times
+
+    def _holds(self, node: Node, wanted: Reservation | None, moved: int = 0, moved_to: Micros = 0) -> bool:
+        """Play a node forward: tell whether every reservation on it, and the wanted one, finds its room at its time.
+
+        The Pod `moved` ends at `moved_to` instead of when it would.
+        """
+        cluster, demand_of = self._turn.state.cluster, self.rows.get(node.index, [])
+        events: list[tuple[Micros, int, int, tuple[GpuGrant, ...], Demand]] = [
+            (moved_to if moved and number == moved else at, 0, number, grants, held)
+            for at, number, grants, held in self._releases(node)
+        ]
+        alive = len(events)
+        steps = [*demand_of] if wanted is None else [*demand_of, wanted]
+        events += [(each.start, 1, index, (), each.fit.demand) for index, each in enumerate(steps)]
+        heapify(events)
+        undo: list[tuple[tuple[GpuGrant, ...], Demand, int]] = []
+        left, good = len(steps), True
+        while left and good:
+            _, kind, index, grants, held = heappop(events)
+            if kind == 0:
+                cluster.suppose(node, grants, held, 1)
+                undo.append((grants, held, -1))
+                alive -= 1
+                continue
+            left -= 1
+            step = steps[index]
+            for _ in range(step.count):
+                taken = step.fit.grants(node) if step.fit.fits(node) and not (step.fit.empty and alive) else None
+                if taken is None:
+                    good = False
+                    break
+                cluster.suppose(node, taken, held, -1)
+                undo.append((taken, held, 1))
+                heappush(events, (step.end, 0, -1, taken, held))
+                alive += 1
+        for grants, held, sign in reversed(undo):
+            cluster.suppose(node, grants, held, sign)
+        return good
+
+    # --- when will others end? -----------------------------------------------------------------------------------------
+
+    def _releases(self, node: Node) -> list[Release]:
+        """Return what becomes free on a node and when, the soonest first."""
+        known = self._ends.get(node.index)
+        if known is None:
+            known = [(self.ends_at(pod), pod.number, pod.grants, pod.demand) for pod in node.pods.values()]
+            if self._turn.state.claims:
+                known += self._claims(node)
+            known.sort(key=_by_time)
+            self._ends[node.index] = known
+        return known
+
+    def _claims(self, node: Node) -> list[Release]:
+        state, now = self._turn.state, self._turn.now
+        return [
+            (now + self.duration(state.tasks[claim.req_no]), 0, claim.grants, claim.demand)
+            for claim in state.claims.values()
+            if claim.node is node
+        ]
+
+    def ends_at(self, pod: Pod) -> Micros:
+        """Return when a Pod is expected to be gone if nobody else uses it; NEVER for one that is kept."""
+        turn = self._turn
+        soon = turn.now + 1
+        if pod.state is PodState.STOPPING or pod.claimed_by:
+            return soon
+        if pod.tasks:
+            tasks = turn.state.tasks
+            return max(self._task_ends_at(tasks[req_no], pod) for req_no in pod.tasks)
+        goes = self._idle_goes and not turn.is_kept(pod)
+        return soon if goes else NEVER
+
+    def _task_ends_at(self, task: Task, pod: Pod) -> Micros:
+        now = self._turn.now
+        if task.state is TaskState.STOPPING:
+            return now + 1
+        began = task.started_at or task.ordered_at or pod.created_at
+        end = began + max(1, task.predicted_us - task.kept_us)
+        if end <= now:
+            end = now + max(1, now - end)
+        limit = task.spec.run_limit_us
+        if limit is not None:
+            end = min(end, began + limit)
+        return max(end, now + 1)
+
+
+def has_room(turn: Turn, node: Node, fit: Fit, count: int) -> bool:
+    """Tell whether a node's plain values have room for `count` Pods of a demand."""
+    return room_for(turn, node, fit, count) == count
+
+
+def room_for(turn: Turn, node: Node, fit: Fit, most: int) -> int:
+    """Return for how many Pods of a demand, at most `most`, a node's plain values have room."""
+    cluster = turn.state.cluster
+    taken: list[tuple[GpuGrant, ...]] = []
+    while len(taken) < most and fit.fits(node):
+        grants = fit.grants(node)
+        assert grants is not None
+        cluster.suppose(node, grants, fit.demand, -1)
+        taken.append(grants)
+    for grants in taken:
+        cluster.suppose(node, grants, fit.demand, 1)
+    return len(taken)
+
+
+def _by_time(release: Release) -> tuple[Micros, int]:
+    return release[0], release[1]
+
+
+_NOTHING = Demand(gpus=0)
