@@ -15,6 +15,7 @@ import simpy
 
 from sim.jobs.line import NONE, SizeLine
 from sim.jobs.nodes import BEST_FIT, WORST_FIT, Nodes, Pieces
+from sim.jobs.processors import Groups, Processors
 
 BLOCKING: Final = 0
 SKIP: Final = 1
@@ -33,6 +34,7 @@ class JobCore:
         self,
         env: simpy.Environment,
         nodes: Nodes,
+        processors: Processors | None,
         submit: list[int],
         run: list[int],
         gpus: list[int],
@@ -43,6 +45,8 @@ class JobCore:
         count = len(submit)
         self.env = env
         self.nodes = nodes
+        self.processors = processors
+        """Where GPUs of a job may lie anywhere; `nodes` is not used then."""
         self.submit = submit
         self.run_us = run
         self.gpus = gpus
@@ -57,6 +61,7 @@ class JobCore:
         self.node: list[int] = [-1] * count
         """Node of a job that is on one; -1: see `pieces`, or it never started."""
         self.pieces: dict[int, Pieces] = {}
+        self.groups: dict[int, Groups] = {}
         self.now = 0
         self.events = 0
         self.decisions = 0
@@ -150,7 +155,9 @@ class JobCore:
         self._freed = True
         nodes = self.nodes
         node = self.node[job]
-        if node >= 0:
+        if self.processors is not None:
+            self.processors.give(self.groups[job])
+        elif node >= 0:
             nodes.take(node, -self.gpus[job])
         else:
             for where, gpus in self.pieces[job]:
@@ -242,10 +249,12 @@ class JobCore:
     def _place(self, job: int, now: int, closed: int = 0) -> bool:
         """Start a job if there is room on nodes that are not closed."""
         nodes, gpus = self.nodes, self.gpus[job]
-        if gpus > nodes.total_free:
+        if self.processors is not None:
+            if gpus > self.processors.total_free:
+                return False
+            self.groups[job] = self.processors.take(gpus)
+        elif gpus > nodes.total_free:
             return False
-        if nodes.spread:
-            self._take(job, nodes.pick_spread(gpus))
         elif gpus <= nodes.per_node:
             node = nodes.pick(gpus, closed)
             if node < 0:
@@ -285,7 +294,11 @@ class JobCore:
                     break
                 if gpus <= beside or (self.nodes.per_node < gpus and self._holds_beside(gpus)):
                     longest = NONE - 1
-                elif gpus <= self.nodes.per_node or self.nodes.spread or self.nodes.pick_whole(gpus) is not None:
+                elif (
+                    gpus <= self.nodes.per_node
+                    or self.processors is not None
+                    or self.nodes.pick_whole(gpus) is not None
+                ):
                     longest = window
                 else:
                     continue
@@ -298,8 +311,9 @@ class JobCore:
     def _rooms(self) -> tuple[int, int]:
         """Return how large a job could be now, and how large one that is in nobody's way however long it takes."""
         nodes = self.nodes
-        if nodes.spread:
-            return nodes.total_free, min(nodes.total_free, self._extra) if self.backfill == EASY else nodes.total_free
+        if self.processors is not None:
+            free = self.processors.total_free
+            return free, min(free, self._extra) if self.backfill == EASY else free
         levels = nodes.levels
         most = nodes.per_node
         while most and not levels[most]:
@@ -317,7 +331,7 @@ class JobCore:
 
     def _holds_beside(self, gpus: int) -> bool:
         nodes = self.nodes
-        if nodes.spread:
+        if self.processors is not None:
             return False
         return nodes.pick_whole(gpus, self._closed if self.backfill == EASY else 0) is not None
 
@@ -327,7 +341,7 @@ class JobCore:
         gpus = self.gpus[job]
         if self.backfill != EASY or self.estimate[job] <= self._shadow - now:
             started = self._place(job, now)
-        elif self.nodes.spread:
+        elif self.processors is not None:
             started = gpus <= self._extra and self._place(job, now)
             if started:
                 self._extra -= gpus
@@ -347,13 +361,13 @@ class JobCore:
         self._reserved_for = rank
         self._stale = False
         self._closed, self._extra_node, self._extra = 0, -1, 0
-        if self.nodes.spread:
-            self._reserve_any(gpus, now)
+        if self.processors is not None:
+            self._reserve_any(gpus, self.processors.total_free, now)
         else:
             self._reserve_nodes(gpus, now)
 
-    def _reserve_any(self, gpus: int, now: int) -> None:
-        free, at = self.nodes.total_free, now
+    def _reserve_any(self, gpus: int, free: int, now: int) -> None:
+        at = now
         for expected, job in self._ends:
             if free >= gpus and expected > at:
                 break

@@ -181,6 +181,8 @@ def _contended(
 
 def _splinters(result: JobsResult, ran: npt.NDArray[np.bool_]) -> _Steps:
     """Return the free GPUs, over time, that a job like those seen so far could not use: on nodes that have fewer than it wants."""
+    if result.spread:
+        return _Steps(np.zeros(1, np.int64), np.zeros(1))
     jobs, per_node = result.jobs, result.gpus_per_node
     on_one = result.node >= 0
     flat = np.asarray(list(result.flat_pieces()), np.int64).reshape(-1, 3)

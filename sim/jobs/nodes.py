@@ -21,29 +21,20 @@ Pieces = list[tuple[int, int]]
 
 
 class Nodes:
-    """Free GPUs by node. Jobs that need no more than a node go on one; larger ones on whole nodes and a remainder on one more.
+    """Free GPUs by node. Jobs that need no more than a node go on one; larger ones on whole nodes and a remainder on one more."""
 
-    With `spread` a job's GPUs may lie on any nodes, a few here and a few there, as processors of a batch cluster do.
-    """
+    __slots__ = ("count", "free", "levels", "per_node", "placement", "random", "total_free")
 
-    __slots__ = ("count", "free", "levels", "per_node", "placement", "random", "spread", "total_free")
-
-    def __init__(self, count: int, per_node: int, placement: int, spread: bool, seed: int) -> None:
+    def __init__(self, count: int, per_node: int, placement: int, seed: int) -> None:
         self.count = count
         self.per_node = per_node
         self.placement = placement
-        self.spread = spread
         self.free: list[int] = [per_node] * count
         self.levels: list[int] = [0] * (per_node + 1)
         """Nodes, as bits, by how much of them is free."""
         self.levels[per_node] = (1 << count) - 1
         self.total_free = count * per_node
         self.random = Random(seed)
-
-    def could_ever_hold(self, gpus: int) -> bool:
-        """Tell whether the empty cluster has room."""
-        per_node = self.per_node
-        return gpus <= self.count * per_node if self.spread else -(-gpus // per_node) <= self.count
 
     def pick(self, gpus: int, closed: int = 0) -> int:
         """Return the node for a job that fits on one, or -1. `closed` are nodes, as bits, that will not do."""
@@ -108,28 +99,4 @@ class Nodes:
                     break
             else:
                 return None
-        return pieces
-
-    def pick_spread(self, gpus: int) -> Pieces:
-        """Return where to take so many GPUs from, a few here and a few there; there are enough in all."""
-        left = gpus
-        pieces: Pieces = []
-        if self.placement == BEST_FIT or self.placement == WORST_FIT:
-            order = range(1, self.per_node + 1) if self.placement == BEST_FIT else range(self.per_node, 0, -1)
-            for level in order:
-                nodes = self.levels[level]
-                while nodes:
-                    low = nodes & -nodes
-                    nodes ^= low
-                    pieces.append((low.bit_length() - 1, min(level, left)))
-                    left -= level
-                    if left <= 0:
-                        return pieces
-        nodes = self.holding(1)
-        while left > 0:
-            node = self._any_of(nodes) if self.placement == RANDOM else (nodes & -nodes).bit_length() - 1
-            nodes ^= 1 << node
-            here = self.free[node]
-            pieces.append((node, min(here, left)))
-            left -= here
         return pieces

@@ -12,6 +12,7 @@ from engine.levels.ordering import Ordering
 from sim.jobs.core import BACKFILLS, JobCore
 from sim.jobs.figures import JobFigures, measure
 from sim.jobs.nodes import PLACEMENTS, Nodes, Pieces
+from sim.jobs.processors import Groups, Processors, spelled_out
 from sim.jobs.workload import Ints, Jobs, keys
 from sim.workload import WorkloadError
 
@@ -23,12 +24,14 @@ class JobsResult:
     jobs: Jobs
     nodes: int
     gpus_per_node: int
+    spread: bool
     start_us: Ints
     """-1: larger than the cluster, so refused as it came."""
     end_us: Ints
     node: Ints
     """-1: on several (`pieces_of` tells which), or never started."""
     pieces: dict[int, Pieces] = field(repr=False)
+    groups: dict[int, Groups] = field(repr=False)
     decisions: int
     events: int
     """Events on SimPy's clock."""
@@ -49,7 +52,9 @@ class JobsResult:
     def pieces_of(self, job: int) -> Pieces:
         """Return (node, GPUs there) of a job; empty when it never started."""
         node = int(self.node[job])
-        return [(node, int(self.jobs.gpus[job]))] if node >= 0 else self.pieces.get(job, [])
+        if node >= 0:
+            return [(node, int(self.jobs.gpus[job]))]
+        return spelled_out(self.groups[job]) if job in self.groups else self.pieces.get(job, [])
 
     def figures(self) -> JobFigures:
         """Work out every metric."""
@@ -89,9 +94,10 @@ def simulate_jobs(
         raise WorkloadError(f"backfill: unknown {backfill!r}; known are {', '.join(BACKFILLS)}")
     if placement not in PLACEMENTS:
         raise WorkloadError(f"placement: unknown {placement!r}; known are {', '.join(PLACEMENTS)}")
-    room = Nodes(nodes, gpus_per_node, PLACEMENTS[placement], spread, seed)
-    wanted, sizes = np.unique(jobs.gpus, return_inverse=True)
-    possible = np.asarray([room.could_ever_hold(int(gpus)) for gpus in wanted], bool)[sizes]
+    if spread:
+        possible = jobs.gpus <= nodes * gpus_per_node
+    else:
+        possible = -(-jobs.gpus // gpus_per_node) <= nodes
     every = bool(possible.all())
     chosen = jobs if every else jobs.only(possible)
     order = np.lexsort(tuple(reversed(keys(chosen, policy))) or (np.zeros(len(chosen)),))
@@ -99,7 +105,8 @@ def simulate_jobs(
     rank[order] = np.arange(len(chosen))
     core = JobCore(
         simpy.Environment(),
-        room,
+        Nodes(nodes, gpus_per_node, PLACEMENTS[placement], seed),
+        Processors(nodes, gpus_per_node, PLACEMENTS[placement], seed) if spread else None,
         chosen.submit_us.tolist(),
         chosen.run_us.tolist(),
         chosen.gpus.tolist(),
@@ -111,15 +118,17 @@ def simulate_jobs(
     rows = np.flatnonzero(possible)
     start, node = np.full(len(jobs), -1, np.int64), np.full(len(jobs), -1, np.int64)
     start[rows], node[rows] = core.start, core.node
-    pieces = core.pieces if every else {int(rows[job]): where for job, where in core.pieces.items()}
+    numbered = rows.tolist()
     return JobsResult(
         jobs=jobs,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        spread=spread,
         start_us=start,
         end_us=np.where(start >= 0, start + jobs.run_us, -1),
         node=node,
-        pieces=pieces,
+        pieces={numbered[job]: where for job, where in core.pieces.items()},
+        groups={numbered[job]: where for job, where in core.groups.items()},
         decisions=core.decisions,
         events=core.events,
         longest_line=core.longest_line,
