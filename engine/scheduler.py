@@ -27,9 +27,9 @@ class Engine:
     only an event matters); a call earlier or later than that is allowed.
     """
 
-    def __init__(self, profile: Profile, limits: Limits | None = None) -> None:
+    def __init__(self, profile: Profile, limits: Limits | None = None, state: State | None = None) -> None:
         self.profile = profile
-        self.state = State(limits)
+        self.state = State(limits) if state is None else state
         self.reasons: dict[Reason, int] = {}
         """How often each reason was given since the engine was made."""
         self.wakeup_at: Micros | None = None
@@ -43,13 +43,8 @@ class Engine:
     @classmethod
     def from_state(cls, profile: Profile, state: State) -> Engine:
         """Go on from a state; it is the engine's from now on."""
-        engine = cls.__new__(cls)
-        engine.profile = profile
-        engine.state = state
-        engine.reasons = {}
         state.watch = Unwatched()
-        engine._watch()
-        return engine
+        return cls(profile, state=state)
 
     def step(self, now: Micros, events: Sequence[Event]) -> Sequence[Command]:
         """Apply the events, decide, and return the orders, which the state already takes for begun."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.ports import Forecaster, Journal, NoForecast, Steps, drive, no_journal
 from engine.tasks import SECOND, Micros
+from sim.stuck import EngineStuck
 
 if TYPE_CHECKING:
     from sim.world import SimWorld
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 _IDLE_TURNS = 1000
 _PATIENCE_US = 90 * 86_400 * SECOND
 """How long after the last arrival a run without `until` goes on when tasks stay open, for example for want of a fitting node."""
-
-
-class EngineStuck(RuntimeError):
-    """The engine asks again and again to be woken at once and does nothing with it: a fault of a policy."""
 
 
 class _Pump:

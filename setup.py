@@ -1,0 +1,31 @@
+"""Builds the hot modules as native extensions when asked: ``AIGC_COMPILE=1 pip install --no-build-isolation .``
+
+The same typed Python files are compiled by mypyc (it comes with mypy; a C compiler is needed), so there is one source and no second
+implementation to keep. Without the variable the packages stay pure Python. Everything else about the build is in pyproject.toml.
+"""
+
+import os
+
+from setuptools import setup
+
+COMPILED = """
+engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py engine/fold_events.py
+engine/fold_tasks.py engine/kinds.py engine/lines.py engine/making.py engine/ports.py engine/scheduler.py engine/state.py
+engine/timers.py engine/turn.py
+engine/levels/admission.py engine/levels/binding.py engine/levels/creation.py engine/levels/elasticity.py
+engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py
+sim/attempts.py sim/caches.py sim/draws.py sim/gpu_ledger.py sim/metrics.py sim/parts.py sim/pump.py sim/shares.py
+sim/sketches.py sim/world.py
+""".split()
+
+
+def extensions() -> list[object]:
+    """Return the native modules to build, none unless asked."""
+    if os.environ.get("AIGC_COMPILE", "0") in {"", "0"}:
+        return []
+    from mypyc.build import mypycify
+
+    return list(mypycify(["--config-file", "mypyc.ini", *COMPILED], opt_level="3", debug_level="0"))
+
+
+setup(ext_modules=extensions())
