@@ -243,10 +243,10 @@ class Plan:
         """
         cluster, demand_of = self._turn.state.cluster, self.rows.get(node.index, [])
         events: list[tuple[Micros, int, int, tuple[GpuGrant, ...], Demand]] = [
-            (moved_to if moved and number == moved else at, 0, number, grants, held)
-            for at, number, grants, held in self._releases(node)
+            (moved_to if moved and number == moved else at, 0, order, grants, held)
+            for order, (at, number, grants, held) in enumerate(self._releases(node))
         ]
-        alive = len(events)
+        alive = order = len(events)
         steps = [*demand_of] if wanted is None else [*demand_of, wanted]
         events += [(each.start, 1, index, (), each.fit.demand) for index, each in enumerate(steps)]
         heapify(events)
@@ -268,7 +268,8 @@ class Plan:
                     break
                 cluster.suppose(node, taken, held, -1)
                 undo.append((taken, held, 1))
-                heappush(events, (step.end, 0, -1, taken, held))
+                order += 1
+                heappush(events, (step.end, 0, order, taken, held))
                 alive += 1
         for grants, held, sign in reversed(undo):
             cluster.suppose(node, grants, held, sign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import pytest
@@ -134,3 +135,96 @@ def bound() -> Callable[[Sequence[Command]], list[str]]:
 def told() -> Callable[[Sequence[Command]], list[tuple[str, str, str]]]:
     """Return a reader of the news among orders: (reqNo, state, reason)."""
     return lambda commands: [(c.req_no, str(c.state), str(c.reason)) for c in commands if isinstance(c, Notify)]
+
+
+class Clockwork:
+    """A world without any delay: Pods start and stop at once, and every task runs exactly as long as it takes.
+
+    Times are whole seconds. A task that is stopped goes on later where it was.
+    """
+
+    def __init__(self, profile: str | Profile, limits: Limits | None = None) -> None:
+        self.engine = Engine(profiles.load(profile) if isinstance(profile, str) else profile, limits)
+        self.journal = MemoryJournal()
+        self.now = 0
+        self.begun: dict[str, list[float]] = {}
+        """Task -> when its attempts started."""
+        self.ended: dict[str, float] = {}
+        self.stops: list[tuple[float, str]] = []
+        self._left: dict[str, int] = {}
+        self._since: dict[tuple[str, int, int], int] = {}
+        self._due: list[tuple[int, int, ev.Event]] = []
+        self._order = 0
+
+    def at(self, seconds: float, *events: ev.Event) -> None:
+        """Let events happen at a time."""
+        for event in events:
+            self._order += 1
+            heappush(self._due, (round(seconds * SECOND), self._order, event))
+
+    def job(self, req_no: str, at: float, runs: float, believed: float | None = None, **more: Any) -> None:
+        """Let a task come at a time that runs so long; the scheduler believes that, or what it is told."""
+        self._left[req_no] = round(runs * SECOND)
+        declared = round((runs if believed is None else believed) * SECOND)
+        more.setdefault("task_type", TaskType.TP)
+        self.at(at, ev.TaskSubmitted(make_task(req_no, declared_us=declared, **more)))
+
+    def node(self, name: str = "n1", gpus: int = 1, **more: Any) -> None:
+        """Let a node be there from the beginning."""
+        self.at(0, ev.NodeJoined(make_node(name, gpus, **more)))
+
+    def run(self, until: float = 1e9) -> Clockwork:
+        """Go on until nothing happens any more, or until a time; check the invariants after every step."""
+        end = round(until * SECOND)
+        while True:
+            wakeup = self.engine.wakeup_at
+            due = [at for at in (self._due[0][0] if self._due else None, wakeup) if at is not None]
+            if not due or min(due) > end or (not self._due and not self.engine.state.live_tasks()):
+                return self
+            self.now = max(self.now, min(due))
+            events = []
+            while self._due and self._due[0][0] <= self.now:
+                events.append(heappop(self._due)[2])
+            commands = self.engine.step(self.now, [e for e in events if self._is_true(e)])
+            self.journal(self.now, events, commands)
+            invariants.check(self.engine.state)
+            for command in commands:
+                self._perform(command)
+
+    def _is_true(self, event: ev.Event) -> bool:
+        if not isinstance(event, ev.TaskFinished):
+            return True
+        key = (event.req_no, event.attempt, event.rank)
+        if self._since.pop(key, None) is None:
+            return False
+        self.ended[event.req_no] = self.now / SECOND
+        return True
+
+    def _perform(self, command: Command) -> None:
+        now = self.now / SECOND
+        match command:
+            case CreatePod():
+                self.at(now, ev.PodStarted(command.pod))
+            case DeletePod():
+                self.at(now, ev.PodStopped(command.pod))
+            case StartTask():
+                req_no, attempt, rank = command.req_no, command.attempt, command.rank
+                if rank == 0:
+                    self.begun.setdefault(req_no, []).append(now)
+                self._since[req_no, attempt, rank] = self.now
+                self.at(now, ev.TaskStarted(req_no, attempt, rank))
+                self.at(now + self._left[req_no] / SECOND, ev.TaskFinished(req_no, attempt, rank, "out"))
+            case StopTask():
+                since = self._since.pop((command.req_no, command.attempt, command.rank))
+                if command.rank == 0:
+                    self.stops.append((now, command.req_no))
+                    self._left[command.req_no] -= self.now - since
+                self.at(now, ev.TaskStopped(command.req_no, command.attempt, command.rank, "ckpt"))
+            case _:
+                pass
+
+
+@pytest.fixture
+def clockwork() -> Callable[..., Clockwork]:
+    """Return a maker of worlds without delay."""
+    return Clockwork
