@@ -38,16 +38,32 @@ class Attempts:
 
     def start(self, order: StartTask) -> None:
         """Begin to carry out a StartTask."""
+        attempt = self._enter(order)
+        if attempt is not None:
+            # Order and report both travel before the run: it shifts the run by one report, and saves a timeout per task.
+            self._world.after(2 * self._world.hardware.dispatch_us, self._begin, attempt, attempt.token)
+
+    def resume(self, order: StartTask, ran_us: Micros) -> None:
+        """Go on with an attempt that is known to have begun `ran_us` ago, before this world was; nobody is told again."""
+        attempt = self._enter(order)
+        if attempt is None:
+            return
+        now = self._world.now()
+        attempt.began_at, attempt.rebased_at = now - ran_us, now
+        self._decide(attempt)
+        attempt.left_us = max(1.0, attempt.total_us - ran_us)
+        self._respeed(attempt.pod)
+
+    def _enter(self, order: StartTask) -> SimAttempt | None:
         pod = self._world.pods.get(order.pod)
         known = self._world.open_tasks.get(order.req_no)
         if pod is None or pod.stopping or known is None:
-            return
+            return None
         key = (order.req_no, order.attempt, order.rank)
         done = self.checkpoints.get(order.req_no, {}).get(order.checkpoint, 0.0) if order.checkpoint else 0.0
         attempt = SimAttempt(key, known[0], known[1], pod, done)
         pod.running[key] = self._attempts[key] = attempt
-        # Order and report both travel before the run: it shifts the run by one report, and saves a timeout per task.
-        self._world.after(2 * self._world.hardware.dispatch_us, self._begin, attempt, attempt.token)
+        return attempt
 
     def _begin(self, attempt: SimAttempt, token: int) -> None:
         if attempt.token != token:

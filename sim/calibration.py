@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-import simpy
-
 from engine.commands import CreatePod, DeletePod, StartTask
 from engine.events import NodeJoined, PodStarted, PodStopped, TaskFinished, TaskStarted, TaskSubmitted
 from engine.resources import NodeSpec
@@ -20,9 +18,7 @@ from predictors.forecaster import OnlineForecaster
 from sim.draws import choice, unit
 from sim.from_journal import StepRecord
 from sim.hardware import GPU_MODELS, Hardware
-from sim.parts import SimNode
 from sim.workload import Arrival, Truth, Workload
-from sim.world import SimWorld
 
 PodKind = tuple[str, str]
 """(method, model)."""
@@ -143,32 +139,28 @@ def measured_hardware(calibration: Calibration, nodes: Sequence[NodeSpec]) -> Ha
     return Hardware(
         tuple(nodes),
         reference_gpu=models[0],
-        pod_start_us=0,  # `MeasuredWorld` adds what was measured, by method and model
+        pod_start_us=0,
+        pod_starts=MeasuredStarts(calibration),
         dispatch_us=calibration.dispatch_us,
         pod_stop_us=calibration.pod_stop_us,
         gpu_models=known,
     )
 
 
-class MeasuredWorld(SimWorld):
-    """A simulated cluster whose Pods take as long to start as measured ones did."""
+@dataclass(frozen=True, slots=True)
+class MeasuredStarts:
+    """Pods start as those of a measured journal did: one of its times, drawn; a `sim.hardware.PodStarts`."""
 
-    def __init__(self, hardware: Hardware, workload: Workload, seed: int, calibration: Calibration) -> None:
-        self._calibration = calibration
-        self._started: dict[PodKind, int] = {}
-        super().__init__(simpy.Environment(), hardware, workload, seed)
+    calibration: Calibration
 
-    def _load(self, node: SimNode, method: str, model: str, gpu: str = "") -> Micros:
-        """Return how long a Pod takes from its order until it is ready, beyond the order's own way."""
-        kind = (method, model)
-        nth = self._started[kind] = self._started.get(kind, 0) + 1
-        times = self._calibration.starts_us.get(kind)
+    def draw(self, method: str, model: str, seed: int, nth: int) -> Micros:
+        """Return how long a Pod takes from when its order has arrived until its report is there."""
+        times = self.calibration.starts_us.get((method, model))
         if times:
-            start_us = times[choice(len(times), self.seed, "start", method, model, nth)]
+            start_us = times[choice(len(times), seed, "start", method, model, nth)]
         else:
-            start_us = self._calibration.start_us(method, model) or _POD_START_US
-        self.count("pod_starts_measured" if times else "pod_starts_guessed")
-        return max(0, start_us - self.hardware.dispatch_us)
+            start_us = self.calibration.start_us(method, model) or _POD_START_US
+        return max(0, start_us - self.calibration.dispatch_us)
 
 
 def learned(records: Iterable[StepRecord]) -> OnlineForecaster:

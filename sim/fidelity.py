@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import simpy
 from rich.table import Table
 
 from engine.events import TaskFinished, TaskStarted, TaskSubmitted
@@ -23,10 +24,11 @@ from engine.profile import Profile
 from engine.scheduler import Engine
 from engine.tasks import SECOND, Micros, TaskSpec
 from predictors.forecaster import OnlineForecaster
-from sim.calibration import Calibration, MeasuredWorld, RunTimes, learned, measure, measured_hardware, nodes_of
+from sim.calibration import Calibration, RunTimes, learned, measure, measured_hardware, nodes_of
 from sim.draws import choice, exponential, unit
 from sim.from_journal import StepRecord
-from sim.world import run
+from sim.paired import student_95
+from sim.world import SimWorld, run
 
 WORKLOADS = ("sleep", "tiny")
 AIMS_PERCENT = {"mean completion, s": 3.0, "p99 completion, s": 5.0}
@@ -35,27 +37,6 @@ _TINY_STEP_S = 0.015
 _TRAININGS = 0.2
 """Share of the sleep workload that counts as training."""
 _REMEMBERED = 10_000
-_T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
 
 Progress = Callable[[float, str], None]
 
@@ -302,7 +283,7 @@ def simulate_once(
         for event in record.events
         if isinstance(event, TaskSubmitted)
     ]
-    world = MeasuredWorld(hardware, times.workload(submitted, seed), seed, calibration)
+    world = SimWorld(simpy.Environment(), hardware, times.workload(submitted, seed), seed)
     journal, forecaster = MemoryJournal(), OnlineForecaster()
     run(Engine(profile, Limits(remembered=_REMEMBERED)), world, forecaster.watching(journal), forecaster)
     return observe(journal.records)
@@ -315,8 +296,7 @@ def _rows(real: Observed, runs: Sequence[Observed]) -> tuple[Row, ...]:
         values = [measures[kind, name] for measures in simulated if (kind, name) in measures]
         if len(values) < 2:
             continue
-        student = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
-        half_width = student * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        half_width = student_95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
         mean = float(np.mean(values))
         rows.append(Row(kind, name, value, mean, half_width, min(values), max(values), AIMS_PERCENT.get(name)))
     return tuple(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import SECOND, Micros, TaskSpec
@@ -86,6 +87,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+class PodStarts(Protocol):
+    """Times to start a Pod that were measured."""
+
+    def draw(self, method: str, model: str, seed: int, nth: int) -> Micros:
+        """Return how long the `nth` Pod of a kind takes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """A cluster and its constants. Speeds are bytes per second, spans microseconds."""
@@ -130,6 +139,8 @@ class Hardware:
     gpu_models: dict[str, GpuModel] = field(default_factory=lambda: dict(GPU_MODELS))
     measured: MeasuredLoads | None = None
     """Load times as a service measured them, GPU by GPU; they replace those worked out from bytes and bandwidths."""
+    pod_starts: PodStarts | None = None
+    """What Pods of this very platform took to start beyond `pod_start_us`, loads included (`sim.calibration`); goes before all."""
 
     def __post_init__(self) -> None:
         if not self.nodes:

@@ -40,11 +40,18 @@ __all__ = ["SimWorld", "run"]
 class SimWorld:
     """A simulated cluster.
 
-    Nodes join at time zero. `counts` tells what only the world can know, such as where each model load found its bytes.
+    Nodes join at time zero, but for `known_nodes`, which the engine's state holds already (`sim.fork`). `counts` tells what only
+    the world can know, such as where each model load found its bytes.
     """
 
     def __init__(
-        self, env: simpy.Environment, hardware: Hardware, workload: Workload, seed: int, faults: FaultPlan | None = None
+        self,
+        env: simpy.Environment,
+        hardware: Hardware,
+        workload: Workload,
+        seed: int,
+        faults: FaultPlan | None = None,
+        known_nodes: frozenset[str] = frozenset(),
     ) -> None:
         self.env = env
         self.hardware = hardware
@@ -65,7 +72,8 @@ class SimWorld:
         self._loads: dict[str, int] = {}
         self.nodes = {spec.name: SimNode(spec, hardware) for spec in hardware.nodes}
         for spec in hardware.nodes:
-            self.post(NodeJoined(spec))
+            if spec.name not in known_nodes:
+                self.post(NodeJoined(spec))
         self.plan = faults or FaultPlan()
         self._breakage = Breakage(self, self.plan)
         self._breakage.arm()
@@ -186,13 +194,35 @@ class SimWorld:
         if any(grant.uuid in node.ill for grant in order.grants):
             self.after(self.hardware.pod_stop_us, self.pod_gone, order.pod, FailureCause.GPU_LOST, "the GPU is ill")
             return
-        spent = (
-            self.hardware.dispatch_us + self.hardware.pod_start_us + self._load(node, order.method, order.model, uuid)
-        )
+        spent = self.hardware.dispatch_us + self.hardware.pod_start_us
+        spent += self._load(node, order.method, order.model, uuid)
         self.after(spent, self._pod_ready, order.pod, node.life)
+
+    def restore_pod(self, order: CreatePod, ready_in_us: Micros | None) -> None:
+        """Put a Pod in place that was there before this world was; None: it is ready."""
+        node = self.nodes[order.node]
+        pod = SimPod(order, node.model_of.get(order.grants[0].uuid if order.grants else "", "cpu"))
+        node.pods[order.pod] = self.pods[order.pod] = pod
+        if ready_in_us is None:
+            pod.ready = True
+        else:
+            self.after(ready_in_us, self._pod_ready, order.pod, node.life)
+
+    def restore_attempt(self, order: StartTask, ran_us: Micros, checkpoint_share: float = 0.0) -> None:
+        """Go on with an attempt that began `ran_us` ago; `checkpoint_share` of its work was behind it then."""
+        if order.checkpoint:
+            self.restore_checkpoint(order.req_no, order.checkpoint, checkpoint_share)
+        self._attempts.resume(order, ran_us)
+
+    def restore_checkpoint(self, req_no: str, checkpoint: str, share: float) -> None:
+        """Tell how much of a task's work a checkpoint holds that was made before this world was."""
+        self._attempts.checkpoints.setdefault(req_no, {})[checkpoint] = share
 
     def _load(self, node: SimNode, method: str, model: str, gpu: str) -> Micros:
         """Begin to load a model; return how long it takes from here."""
+        if self.hardware.pod_starts is not None:
+            nth = self._loads[model] = self._loads.get(model, 0) + 1
+            return self.hardware.pod_starts.draw(method, model, self.seed, nth)
         size = self.hardware.model_bytes(method, model)
         if not size:
             return 0
