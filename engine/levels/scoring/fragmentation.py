@@ -106,6 +106,39 @@ class Fragmentation:
             amount -= whole * by_count[min(whole, len(by_count) - 1)]
         return amount
 
+    def decreases(self, model: int, now: int, after: int, shares: Sequence[int], share: int) -> dict[int, int]:
+        """Return by how much fragmentation falls when a share is taken of a device: free share of the device -> decrease.
+
+        `now` and `after` are the classes of free CPU; only devices that have the share count.
+        """
+        table, by_count = self._share[model][after], self._whole[model][after]
+        most = len(by_count) - 1
+        base, wholes = self.of(model, now, shares), 0
+        for each in shares:
+            if each > 0:
+                base -= table[each]
+                if each == WHOLE_GPU:
+                    wholes += 1
+        partly = base + wholes * by_count[min(wholes, most)]
+        found: dict[int, int] = {}
+        for each in shares:
+            if each >= share and each not in found:
+                if each < WHOLE_GPU:
+                    found[each] = partly + table[each] - table[each - share]
+                else:
+                    fewer = (wholes - 1) * by_count[min(wholes - 1, most)]
+                    found[each] = base + fewer + table[each] - table[each - share]
+        return found
+
+    def best_device(self, model: int, now: int, after: int, shares: Sequence[int], share: int) -> int:
+        """Return the index of the device with the best score, the first among equals; one of them has the share."""
+        decreases = self.decreases(model, now, after, shares, share)
+        if len(decreases) == 1:
+            return next(at for at, each in enumerate(shares) if each >= share)
+        best = self.score(max(decreases.values()))
+        good = {each for each, decrease in decreases.items() if self.score(decrease) == best}
+        return next(at for at, each in enumerate(shares) if each in good)
+
     def score(self, decrease: int) -> int:
         """Return 100 times the sigmoid of a decrease in GPUs, rounded down (section 4.2): 50 where nothing changes."""
         return bisect_right(self.steps, decrease)
