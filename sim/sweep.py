@@ -26,6 +26,7 @@ _NOT_OF_THE_WORKLOAD: dict[str, Any] = {
     "profile": "fifo",
     "nodes": 1,
     "gpus_per_node": 1,
+    "pools": (),
     "until_hours": None,
     "mtbf_hours": None,
     "gpu_mtbf_hours": None,

@@ -29,6 +29,9 @@ MEASURES: dict[str, Measure] = {
     "p99 waiting, s": lambda summary, _: summary["waiting"]["all"]["p99"],
     "p99 waiting of urgent, s": lambda summary, _: summary["waiting"]["priority urgent"]["p99"],
     "p99 waiting of ordinary, s": lambda summary, _: summary["waiting"]["priority ordinary"]["p99"],
+    "p99 waiting of the worst tenant, s": lambda summary, _: max(
+        each["p99"] for name, each in summary["waiting"].items() if name.startswith("tenant ")
+    ),
     "longest waiting of ordinary, s": lambda summary, _: summary["waiting"]["priority ordinary"]["max"],
     "model loads per task": lambda summary, world: model_loads(world) / summary["counts"]["submitted"],
     "busy, % of GPU time": lambda summary, _: 100 * summary["gpu"]["busy"],
@@ -233,7 +236,7 @@ def _values(records: Iterable[RunRecord], measure: Measure) -> list[float] | Non
 def _figure(record: RunRecord, measure: Measure) -> float | None:
     try:
         return float(measure(record.summary, record.world))
-    except (KeyError, ZeroDivisionError):
+    except (KeyError, ZeroDivisionError, ValueError):
         return None
 
 

@@ -15,6 +15,7 @@ from api.cli import (
     models,
     nodes,
     operate,
+    plan,
     predict,
     replay,
     reproduce,
@@ -44,6 +45,7 @@ app.command()(operate.agent)
 app.command()(operate.doctor)
 app.command()(simulate.simulate)
 app.command()(sweep.sweep)
+app.add_typer(plan.app, name="plan")
 app.add_typer(study.app, name="study")
 app.add_typer(predict.app, name="predict")
 app.command()(requests.generate)

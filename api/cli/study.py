@@ -1,0 +1,115 @@
+"""`aigc study`: questions that take many simulations to answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api.cli.options import Json
+from api.cli.output import Exit, err, fail, out, print_json, progress_bar
+
+app = typer.Typer(no_args_is_help=True, help="Answer a question with many simulations.")
+
+
+@app.callback()
+def _root() -> None:
+    """Answer a question with many simulations."""
+
+
+@app.command()
+def gentd26(
+    trace: Annotated[Path, typer.Option(help="GenTD26's lora_request_trace.csv.")],
+    load_times: Annotated[
+        Path | None,
+        typer.Option(help="Folder of GenTD26's monitoring files. [default: the trace's, if they are there]"),
+    ] = None,
+    loads: Annotated[str, typer.Option(help="Work as a share of capacity, model loads not counted.")] = "0.6,0.8,1.0",
+    profiles: Annotated[str, typer.Option(help="Profiles, by name or TOML file. [default: all that come along]")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat everything with so many seeds.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")] = 16,
+    hours: Annotated[float, typer.Option(help="Hours that are simulated.")] = 6.0,
+    first_day: Annotated[str | None, typer.Option("--from", help="First day of the trace to use.")] = None,
+    last_day: Annotated[str | None, typer.Option("--to", help="Last day of the trace to use.")] = None,
+    rate_method: Annotated[str, typer.Option(help="superpose (any moment) or days (whole days).")] = "superpose",
+    forecaster: Annotated[str, typer.Option(help="online, declared, oracle or none.")] = "online",
+    ties: Annotated[str, typer.Option(help="Tie rules to compare; none: leave it out.")] = "first,last,name,random",
+    equal_at: Annotated[
+        float | None, typer.Option(help="Load at which sizes are compared. [default: the middle one]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N tasks, to try the study out.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. [default: every core]")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="File of finished runs: a study that was interrupted goes on from it.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write everything as JSON here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare profiles on GenTD26 over loads and seeds: times, fairness, model loads, and the GPUs each needs for the same p99.
+
+    Example: `aigc study gentd26 --trace lora_request_trace.csv --from 2024-11-25 --store runs.jsonl --html study.html`
+    """
+    import json
+
+    from engine import profiles as known
+    from sim import measured_loads, sweep_table
+    from sim.study import report
+    from sim.study.gentd26 import run_study
+    from sim.study.plan import StudyPlan
+
+    if not trace.is_file():
+        fail(f"--trace: {trace} does not exist; give the path of lora_request_trace.csv", Exit.UNREACHABLE)
+    folder = load_times or (trace.parent if measured_loads.present(trace.parent) else None)
+    if folder is None:
+        err.print("no monitoring files beside the trace: load times are worked out from bytes and bandwidths")
+    try:
+        plan = StudyPlan(
+            trace=trace,
+            load_times=folder,
+            loads=tuple(_number(text) for text in _list(loads)),
+            profiles=_list(profiles) or tuple(known.NAMES),
+            seeds=seeds,
+            first_seed=first_seed,
+            gpus=gpus,
+            hours=hours,
+            forecaster=forecaster,
+            rate_method=rate_method,
+            first_day=first_day,
+            last_day=last_day,
+            ties=() if ties.strip() == "none" else _list(ties),
+            equal_at=equal_at,
+            limit=limit,
+        )
+        with progress_bar("studying") as update:
+            study = run_study(plan, store, jobs, update)
+        values = report.json_values(study) if as_json or output else {}
+        if output is not None:
+            sweep_table.write(output, json.dumps(values, indent=2) + "\n")
+            err.print(f"result written to {output}", soft_wrap=True)
+        if html is not None:
+            report.write_html(study, html)
+            err.print(f"report written to {html}", soft_wrap=True)
+    except ValueError as error:
+        fail(str(error), Exit.USAGE)
+    if as_json:
+        print_json(values)
+        return
+    for table in report.render(study):
+        out.print(table)
+    if study.ties_missing:
+        out.print(f"tie rules: {study.ties_missing}", markup=False, soft_wrap=True)
+    out.print(report.answer(study), markup=False, soft_wrap=True)
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        fail(f"--loads: {text!r} is not a number such as 0.8", Exit.USAGE)
