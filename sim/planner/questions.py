@@ -16,6 +16,7 @@ _SWAY_SEEDS = 3
 _KNEE = 3.0
 """One GPU less that makes the value so many times as large is a knee."""
 _TIGHT = 0.05
+_FEW = 5
 _DAY_H, _WEEK_H = 24.0, 168.0
 
 _Ends = tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]
@@ -154,6 +155,12 @@ def _firmness(made: Plan) -> list[str]:
         found.append(f"tight: the interval ends within {_TIGHT:.0%} of the limit")
     if made.below is not None and made.below.verdict is Verdict.UNCLEAR:
         found.append(f"{pool_text(made.below.pool)} may hold too: more --seeds would tell")
+    tail = objective.tail
+    tasks = float(answer.figures[0]["classes"][objective.selector]["count"])
+    if tail is not None and tasks * tail < _FEW:
+        found.append(
+            f"{tasks:.0f} tasks are few for {objective.name}: it is decided by the slowest {max(1, round(tasks * tail))} of them"
+        )
     if answer.mean("lost"):
         found.append(f"{answer.mean('lost'):.3g} tasks per run were never served, within what the objective allows")
     if made.request.base.trace is not None or made.request.workload is not None:

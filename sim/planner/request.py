@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from engine import profiles
 from sim.configuration import SimulationConfig
 from sim.planner.objectives import Objective
 from sim.prices import Price
@@ -57,6 +59,8 @@ class PlanRequest:
             raise PlanError(f"most_gpus: must be at least 1, got {self.most_gpus}")
         if self.mixes < 0:
             raise PlanError(f"mixes: must be at least 0, got {self.mixes}")
+        for name in (self.base.profile, *self.policies):
+            _check_profile(name)
         if self.base.until_hours is not None:
             raise PlanError("until_hours: a plan needs every task to its end; use limit to take fewer tasks")
 
@@ -97,6 +101,16 @@ class PlanRequest:
 
 
 _CLUSTER = ("nodes", "gpu_model", "pools")
+
+
+def _check_profile(name: str) -> None:
+    text = name
+    if name.endswith(".toml"):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"profile: cannot read {name}: {error}; give a profile's name or a TOML file") from None
+    profiles.load(text)
 
 
 def workload_of(config: SimulationConfig, given: Workload | None) -> Workload:
