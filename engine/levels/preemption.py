@@ -7,17 +7,16 @@ attempt that has hardly begun is let be for a while, and is never stopped in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from heapq import nsmallest
 
-from engine.cluster import pick_gpus
-from engine.entities import Node, Pod, Task
+from engine.entities import Pod, Task
 from engine.kinds import RoomLine, Shape
+from engine.levels.by_rank import preempt_by_rank
 from engine.levels.room import claim
+from engine.levels.victims import look_again, loss_of, placed, room_plan
 from engine.reasons import Reason
-from engine.resources import GpuGrant
 from engine.stopping import stop
-from engine.tasks import NEVER, Micros, PodState, TaskState, TaskType
+from engine.tasks import NEVER, Micros, PodState, TaskState
 from engine.turn import Turn
 
 MOST_VICTIMS = 64
@@ -25,7 +24,10 @@ MOST_VICTIMS = 64
 
 
 def preempt(turn: Turn) -> None:
-    """Stop ordinary tasks for urgent ones that have waited long enough and fit nowhere."""
+    """Stop tasks for waiting ones that outrank them, and ordinary ones for urgent ones that have waited long enough."""
+    waiting = turn.backlog.waiting
+    if waiting is not None and (turn.profile.ordering.preemptive or turn.profile.quotas is not None):
+        preempt_by_rank(turn, waiting)
     if not turn.profile.preempt or not turn.backlog.urgent:
         return
     victims: list[tuple[int, int, Task]] | None = None
@@ -41,7 +43,7 @@ def preempt(turn: Turn) -> None:
                 victims, young_at = _victims(turn)
             stopped = _preempt_for(turn, head[1], line, victims)
             if not stopped:
-                _look_again(turn, head[1], young_at)
+                look_again(turn, head[1], young_at)
                 break
             left -= stopped
             victims = [v for v in victims if v[2].state in (TaskState.RUNNING, TaskState.STARTING)]
@@ -53,21 +55,13 @@ def _may_preempt(turn: Turn, task: Task) -> bool:
     return task.urgent and task.pending_since + turn.profile.preempt_patience_us <= turn.now
 
 
-def _look_again(turn: Turn, task: Task, young_at: Micros) -> None:
-    """Ask for a step when the first of the attempts that are too young to be stopped is old enough."""
-    backlog = turn.backlog
-    if young_at != NEVER and not turn.now < backlog.young_at <= young_at:
-        backlog.young_at = young_at
-        backlog.task_due(task, young_at)
-
-
 def _victims(turn: Turn) -> tuple[list[tuple[int, int, Task]], Micros]:
     """Return (loss, sequence number, task) of the tasks that may be stopped, the cheapest first, and when there will be more."""
     most, now = turn.limits.preemptions_per_task, turn.now
     least = max(turn.profile.min_run_us, 1)
     young_at = NEVER
     found: list[tuple[int, int, Task]] = []
-    for task in _placed(turn):
+    for task in placed(turn):
         state = task.state
         if (
             (state is TaskState.RUNNING or state is TaskState.STARTING)
@@ -81,21 +75,8 @@ def _victims(turn: Turn) -> tuple[list[tuple[int, int, Task]], Micros]:
             if old_at > now:
                 young_at = min(young_at, old_at)
             else:
-                found.append((_loss(turn, task), task.seq, task))
+                found.append((loss_of(turn, task), task.seq, task))
     return nsmallest(MOST_VICTIMS, found), young_at
-
-
-def _placed(turn: Turn) -> Iterator[Task]:
-    tasks = turn.state.tasks
-    for pod in turn.state.pods.values():
-        for req_no in pod.tasks:
-            yield tasks[req_no]
-
-
-def _loss(turn: Turn, task: Task) -> Micros:
-    """Return what stopping a task loses: its work so far unless it keeps a checkpoint, and loading its model again."""
-    lost = turn.now - task.started_at if task.started_at and task.spec.task_type is TaskType.GC else 0
-    return lost + turn.profile.reload_us
 
 
 def _remaining(turn: Turn, task: Task) -> Micros:
@@ -136,7 +117,7 @@ def _is_freeing(turn: Turn, shape: Shape) -> bool:
     """Tell whether a slot of this kind is being freed already."""
     return any(
         task.state is TaskState.STOPPING and task.stop_reason == Reason.PREEMPTED
-        for task in _placed(turn)
+        for task in placed(turn)
         if turn.state.pods[task.pods[0]].warm.kind is shape.kind
     )
 
@@ -156,7 +137,7 @@ def _preempt_room(turn: Turn, task: Task, line: RoomLine, victims: list[tuple[in
         by_node.setdefault(node.index, []).append((loss, victim, pod))
     for row, found in by_node.items():
         node = turn.state.cluster.nodes[row]
-        plan = _plan(turn, line, node, found)
+        plan = room_plan(turn, line, node, found)
         if plan is None or sum(loss for loss, _, pod in found if pod in plan[1]) >= gain:
             continue
         grants, gone = plan
@@ -166,28 +147,3 @@ def _preempt_room(turn: Turn, task: Task, line: RoomLine, victims: list[tuple[in
             stop(turn, victim, Reason.PREEMPTED, keep_checkpoint=True)
         return len(stopped)
     return 0
-
-
-def _plan(
-    turn: Turn, line: RoomLine, node: Node, found: list[tuple[int, Task, Pod]]
-) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
-    """Return the devices and the Pods that must go, idle ones first, then the cheapest victims."""
-    cluster = turn.state.cluster
-    idle = [pod for pod in node.pods.values() if pod.number in turn.backlog.idle and not turn.is_kept(pod)]
-    gone: list[Pod] = []
-    grants: tuple[GpuGrant, ...] | None = None
-    for pod in [*sorted(idle, key=lambda pod: (pod.idle_since, pod.number)), *(pod for _, _, pod in found)]:
-        cluster.suppose(node, pod.grants, pod.demand, 1)
-        gone.append(pod)
-        if line.fit.fits(node):
-            for spare in list(gone):
-                cluster.suppose(node, spare.grants, spare.demand, -1)
-                if line.fit.fits(node):
-                    gone.remove(spare)
-                else:
-                    cluster.suppose(node, spare.grants, spare.demand, 1)
-            grants = pick_gpus(node, line.fit.demand)
-            break
-    for pod in gone:
-        cluster.suppose(node, pod.grants, pod.demand, -1)
-    return None if grants is None else (grants, gone)
