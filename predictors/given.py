@@ -15,12 +15,16 @@ from engine.tasks import SECOND, Estimate, Micros, Quantiles
 _P90 = NormalDist().inv_cdf(0.9)
 _P99 = NormalDist().inv_cdf(0.99)
 
+_ESTIMATES_KEPT = 10_000
+"""People declare round figures: the same estimate serves many tasks."""
+
 
 class DeclaredForecaster:
     """Takes what the caller declares for the truth, and ``default_us`` where nothing is declared."""
 
     def __init__(self, default_us: Micros = 60 * SECOND) -> None:
         self.default_us = default_us
+        self._known: dict[Micros, Estimate] = {}
 
     def stamp(self, now: Micros, events: Sequence[Event]) -> Sequence[Event]:
         """Return the events with the declared run time stamped on submitted tasks."""
@@ -30,7 +34,13 @@ class DeclaredForecaster:
         if event.estimate is not None:
             return event
         declared_us = event.task.declared_us
-        return replace(event, estimate=_exactly(self.default_us if declared_us is None else declared_us))
+        run_us = self.default_us if declared_us is None else declared_us
+        estimate = self._known.get(run_us)
+        if estimate is None:
+            if len(self._known) >= _ESTIMATES_KEPT:
+                self._known.clear()
+            estimate = self._known[run_us] = _exactly(run_us)
+        return TaskSubmitted(event.task, estimate)
 
 
 class OracleForecaster:

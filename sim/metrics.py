@@ -25,10 +25,10 @@ from engine.events import (
     TaskSubmitted,
     TenantConfigured,
 )
-from engine.tasks import TERMINAL_STATES, Estimate, Micros, TaskSpec, TaskState, is_urgent
+from engine.tasks import TERMINAL_STATES, Estimate, Micros, TaskSpec, TaskState, TaskType, is_urgent
 from sim.gpu_ledger import GpuLedger
 from sim.shares import Shares
-from sim.sketches import Bins, Sketch
+from sim.sketches import Bins, Sketch, add_to_all
 from sim.summary import Coverage, Summary, summarise
 
 _NAMES = 200
@@ -36,17 +36,31 @@ _NAMES = 200
 _PODS_REMEMBERED = 100_000
 
 
+class _Sketches:
+    """Where the waiting and the completion of one sort of tasks are counted: under all, their type, priority and tenant."""
+
+    __slots__ = ("completion", "keys", "waiting")
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
+        self.waiting: tuple[Sketch, ...] = ()
+        self.completion: tuple[Sketch, ...] = ()
+
+
 class OpenTask:
     """What is remembered of a task that is not over."""
 
-    __slots__ = ("estimate", "first_started", "keys", "pods", "running", "spec", "submitted_at")
+    __slots__ = ("estimate", "first_started", "pods", "running", "share", "sketches", "spec", "submitted_at")
 
-    def __init__(self, spec: TaskSpec, estimate: Estimate | None, now: Micros, keys: tuple[str, ...]) -> None:
+    def __init__(self, spec: TaskSpec, estimate: Estimate | None, now: Micros, sketches: _Sketches) -> None:
         self.spec = spec
         self.estimate = estimate
         self.submitted_at = now
         self.first_started: Micros | None = None
-        self.keys = keys
+        self.sketches = sketches
+        demand = spec.demand
+        self.share = demand.gpus * demand.gpu_share / spec.slots
+        """Thousandths of GPUs that serve it while it runs."""
         self.running: set[tuple[int, int]] = set()
         """(attempt, rank) that run now."""
         self.pods: dict[tuple[int, int], int] = {}
@@ -73,6 +87,7 @@ class Metrics:
         self.last_at: Micros = 0
         self.last_end_at: Micros = 0
         self._tenants: set[str] = set()
+        self._sorts: dict[tuple[TaskType, bool, str], _Sketches] = {}
         self._creating: dict[int, tuple[Micros, bool]] = {}
         self._held: set[tuple[str, str]] = set()
         """(node, model) pairs that a Pod was created for before: at most nodes x models."""
@@ -82,6 +97,7 @@ class Metrics:
         """Pod -> tasks that were started in it and are not known to have ended."""
         self._used: dict[int, None] = {}
         self._decisions = blake2b(digest_size=16)
+        self._undigested: list[tuple[str | int, ...]] = []
 
     def __call__(self, now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> None:
         """Fold one step in."""
@@ -102,6 +118,7 @@ class Metrics:
 
     def decisions_digest(self) -> str:
         """Return a fingerprint of every placement, start, stop and deletion, with its time."""
+        self._digest()
         return self._decisions.hexdigest()
 
     # --- events -------------------------------------------------------------------------------------------------------
@@ -142,23 +159,27 @@ class Metrics:
         task = event.task
         if task.req_no in self.open:
             return
+        sort = (task.task_type, is_urgent(task), task.tenant)
+        sketches = self._sorts.get(sort)
+        if sketches is None:
+            sketches = self._sort(task)
+            if len(self._sorts) < 4 * _NAMES:
+                self._sorts[sort] = sketches
+        self.open[task.req_no] = OpenTask(task, event.estimate, now, sketches)
+        self.counts["submitted"] += 1
+        self.queue.change(now, 1)
+        self.shares.waits(now, task.tenant, 1)
+        self.ledger.wanted(task.demand)
+
+    def _sort(self, task: TaskSpec) -> _Sketches:
         tenant = task.tenant
         if tenant not in self._tenants:
             if len(self._tenants) < _NAMES:
                 self._tenants.add(tenant)
             else:
                 tenant = "(others)"
-        keys = (
-            "all",
-            f"type {task.task_type}",
-            "priority urgent" if is_urgent(task) else "priority ordinary",
-            f"tenant {tenant}",
-        )
-        self.open[task.req_no] = OpenTask(task, event.estimate, now, keys)
-        self.counts["submitted"] += 1
-        self.queue.change(now, 1)
-        self.shares.waits(now, task.tenant, 1)
-        self.ledger.wanted(task.demand)
+        priority = "priority urgent" if is_urgent(task) else "priority ordinary"
+        return _Sketches(("all", f"type {task.task_type}", priority, f"tenant {tenant}"))
 
     def _started(self, now: Micros, event: TaskStarted) -> None:
         task = self.open.get(event.req_no)
@@ -170,13 +191,14 @@ class Metrics:
             self.running.change(now, 1)
             self.shares.waits(now, task.spec.tenant, -1)
         task.running.add(key)
-        demand = task.spec.demand
-        self.shares.serves(now, task.spec.tenant, demand.gpus * demand.gpu_share / task.spec.slots)
+        self.shares.serves(now, task.spec.tenant, task.share)
         self.ledger.task_began(now, task.pods[key])
         if task.first_started is None:
             task.first_started = now
-            for name in task.keys:
-                _sketch(self.waiting, name).add(now - task.submitted_at)
+            sketches = task.sketches
+            if not sketches.waiting:
+                sketches.waiting = tuple(_sketch(self.waiting, name) for name in sketches.keys)
+            add_to_all(sketches.waiting, now - task.submitted_at)
 
     def _ended(self, now: Micros, req_no: str, attempt: int, rank: int) -> OpenTask | None:
         """Note that a run is over, however it ended; None for a report that no run answers to."""
@@ -188,8 +210,7 @@ class Metrics:
         self._in_pod.get(pod, {}).pop(req_no, None)
         if key in task.running:
             task.running.discard(key)
-            demand = task.spec.demand
-            self.shares.serves(now, task.spec.tenant, -demand.gpus * demand.gpu_share / task.spec.slots)
+            self.shares.serves(now, task.spec.tenant, -task.share)
             self.ledger.task_ended(now, pod)
             if not task.running:
                 self.queue.change(now, 1)
@@ -285,18 +306,27 @@ class Metrics:
         self._decide("over", now, notice.req_no, notice.state.value)
         self.ends[notice.state.value] += 1
         self.last_end_at = now
-        self.open[notice.req_no] = task
-        for attempt, rank in list(task.pods):
-            self._ended(now, notice.req_no, attempt, rank)
-        del self.open[notice.req_no]
+        if task.pods:
+            self.open[notice.req_no] = task
+            for attempt, rank in list(task.pods):
+                self._ended(now, notice.req_no, attempt, rank)
+            del self.open[notice.req_no]
         self.queue.change(now, -1)
         self.shares.waits(now, task.spec.tenant, -1)
         if notice.state is TaskState.FINISHED:
-            for name in task.keys:
-                _sketch(self.completion, name).add(now - task.submitted_at)
+            sketches = task.sketches
+            if not sketches.completion:
+                sketches.completion = tuple(_sketch(self.completion, name) for name in sketches.keys)
+            add_to_all(sketches.completion, now - task.submitted_at)
 
     def _decide(self, *what: str | int) -> None:
-        self._decisions.update(repr(what).encode())
+        self._undigested.append(what)
+        if len(self._undigested) >= 512:
+            self._digest()
+
+    def _digest(self) -> None:
+        self._decisions.update("".join(map(repr, self._undigested)).encode())
+        self._undigested.clear()
 
 
 def _sketch(table: dict[str, Sketch], name: str) -> Sketch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,10 +19,12 @@ from engine.scheduler import Engine
 from engine.tasks import Micros
 from predictors.forecaster import DeclaredForecaster, OnlineForecaster, OracleForecaster
 from sim.configuration import FORECASTERS, ConfigError, SimulationConfig
+from sim.gantt import Gantt, GanttSink
 from sim.hardware import Hardware
 from sim.metrics import Metrics
 from sim.report import render_table, write_html, write_json
 from sim.summary import Summary
+from sim.timeline import Follower
 from sim.workload import Workload
 from sim.world import SimWorld, run
 
@@ -55,6 +59,8 @@ class SimulationResult:
     """What only the simulated world knows: where loads found their bytes, failures, prefetches."""
     simulated_s: float
     wall_s: float
+    gantt: Gantt | None = None
+    """A piece of the schedule to draw, where it was asked for."""
 
     @property
     def profile(self) -> str:
@@ -90,10 +96,12 @@ def simulate(
     *,
     workload: Workload | None = None,
     journal: Journal | None = None,
+    gantt: bool = False,
 ) -> SimulationResult:
     """Run one simulation; raises `ValueError` naming the field and the remedy.
 
-    `workload` spares reading it again; `journal` is told every step as well, for example to keep its records.
+    `workload` spares reading it again; `journal` is told every step as well, for example to keep its records; `gantt` keeps a
+    piece of the schedule for the page.
     """
     profile = _profile(config.profile)
     if workload is None:
@@ -106,11 +114,16 @@ def simulate(
     engine = Engine(profile)
     forecaster = _forecaster(config, workload, hardware)
     began = perf_counter()
-    keep = _both(metrics, journal)
+    chart = GanttSink() if gantt else None
+    follower = Follower([chart]) if chart is not None else None
+    keep = _both(_both(metrics, journal), follower)
     if isinstance(forecaster, OnlineForecaster):
         keep = forecaster.watching(keep)
-    run(engine, world, keep, forecaster, config.until_us(), on_progress)
+    with calm_collector():
+        run(engine, world, keep, forecaster, config.until_us(), on_progress)
     wall_s = perf_counter() - began
+    if follower is not None:
+        follower.close()
     return SimulationResult(
         config=config,
         config_hash=config.digest(),
@@ -122,13 +135,28 @@ def simulate(
         world=dict(world.counts),
         simulated_s=world.now() / 1_000_000,
         wall_s=wall_s,
+        gantt=chart.chart() if chart is not None else None,
     )
 
 
+@contextmanager
+def calm_collector() -> Iterator[None]:
+    """Let Python's garbage collector look less often, and not at what was there before: the simulator makes few cycles."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def compare(
-    config: SimulationConfig, names: Sequence[str], on_progress: Progress | None = None
+    config: SimulationConfig, names: Sequence[str], on_progress: Progress | None = None, *, gantt: bool = False
 ) -> list[SimulationResult]:
-    """Run the same workload and the same luck under several profiles, in the order given."""
+    """Run the same workload and the same luck under several profiles, in the order given; `gantt` as in `simulate`."""
     if not names:
         raise ConfigError("compare: name at least one profile, such as fifo,kube-default,aigc")
     for name in names:
@@ -137,7 +165,7 @@ def compare(
     results = []
     for number, name in enumerate(names):
         step = _part(on_progress, number, len(names), name)
-        results.append(simulate(replace(config, profile=name), step, workload=workload))
+        results.append(simulate(replace(config, profile=name), step, workload=workload, gantt=gantt))
     return results
 
 
@@ -152,14 +180,14 @@ def _part(on_progress: Progress | None, number: int, count: int, name: str) -> P
     return part
 
 
-def _both(metrics: Metrics, journal: Journal | None) -> Journal:
-    if journal is None:
-        return metrics
-    keep = journal
+def _both(last: Journal, first: Journal | None) -> Journal:
+    if first is None:
+        return last
+    keep = first
 
     def both(now: Micros, events: Sequence[Any], commands: Sequence[Any]) -> None:
         keep(now, events, commands)
-        metrics(now, events, commands)
+        last(now, events, commands)
 
     return both
 

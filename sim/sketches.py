@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.tasks import SECOND, Micros
@@ -38,15 +38,7 @@ class Sketch:
 
     def add(self, value: int) -> None:
         """Add one value; anything below 1 counts as 0."""
-        self.count += 1
-        if value < 1:
-            self._zeros += 1
-            return
-        self.total += value
-        if value > self.highest:
-            self.highest = value
-        bucket = int(math.log(value) / _GAMMA)
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        add_to_all((self,), value)
 
     def quantile(self, share: float) -> float:
         """Return the value below which this share of the values lies; 0 when there is none."""
@@ -80,6 +72,23 @@ class Sketch:
                 curve.append((min(float(self.highest), math.exp((bucket + 0.5) * _GAMMA)) / SECOND, share))
                 last = share
         return curve
+
+
+def add_to_all(sketches: Sequence[Sketch], value: int) -> None:
+    """Add one value to several sketches."""
+    if value < 1:
+        for sketch in sketches:
+            sketch.count += 1
+            sketch._zeros += 1
+        return
+    bucket = int(math.log(value) / _GAMMA)
+    for sketch in sketches:
+        sketch.count += 1
+        sketch.total += value
+        if value > sketch.highest:
+            sketch.highest = value
+        buckets = sketch._buckets
+        buckets[bucket] = buckets.get(bucket, 0) + 1
 
 
 class Bins:

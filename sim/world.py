@@ -8,8 +8,7 @@ same luck.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, assert_never
 
 import simpy
@@ -28,6 +27,7 @@ from sim.attempts import Attempts
 from sim.breakage import Breakage
 from sim.caches import Source
 from sim.draws import lognormal
+from sim.due import Due
 from sim.faults import Fault, FaultKind, FaultPlan
 from sim.hardware import Hardware
 from sim.parts import SimNode, SimPod
@@ -64,8 +64,10 @@ class SimWorld:
         self.last_arrival_at: Micros = workload.span_us
         self._inbox: list[Event] = []
         self._coming = 0
-        self._arrivals: Sequence[Arrival] = workload.arrivals
-        self._next_arrival = 0
+        self._coming_arrivals: Iterator[Arrival] = iter(workload.arrivals)
+        self._next: Arrival | None = None
+        self.arrived = 0
+        """How many of the workload's tasks have entered."""
         self._dead: dict[str, tuple[TaskSpec, Truth]] = {}
         self._attempts = Attempts(self)
         self.pods: dict[int, SimPod] = {}
@@ -121,14 +123,17 @@ class SimWorld:
         """Put an event into the inbox and ring the bell."""
         if isinstance(event, TaskSubmitted):
             self.open_tasks.setdefault(event.task.req_no, (event.task, Truth()))
-        if not self._inbox and self.bell is not None:
+        self._put(event)
+
+    def _put(self, event: Event) -> None:
+        inbox = self._inbox
+        if not inbox and self.bell is not None:
             self.bell()
-        self._inbox.append(event)
+        inbox.append(event)
 
     def after(self, delay_us: Micros, call: Callable[..., None], *arguments: Any) -> None:
         """Call something later on the simulated clock."""
-        callbacks = self.env.timeout(delay_us).callbacks
-        callbacks.append(partial(_callback, call, arguments))
+        self.env.schedule(Due(call, arguments), delay=delay_us)
 
     def count(self, what: str, by: int = 1) -> None:
         """Count something that happened."""
@@ -137,13 +142,7 @@ class SimWorld:
     @property
     def settled(self) -> bool:
         """Whether everything has arrived and every task is known to be over."""
-        arrived = self._next_arrival >= len(self._arrivals) and not self._coming
-        return arrived and not self.open_tasks and not self._inbox
-
-    @property
-    def arrived(self) -> int:
-        """How many of the workload's tasks have entered."""
-        return self._next_arrival
+        return self._next is None and not self._coming and not self.open_tasks and not self._inbox
 
     # --- arrivals -----------------------------------------------------------------------------------------------------
 
@@ -152,20 +151,25 @@ class SimWorld:
         self.emit(event)
 
     def _arm_arrival(self) -> None:
-        if self._next_arrival < len(self._arrivals):
-            self.after(self._arrivals[self._next_arrival].at - self.now(), self._arrive)
+        self._next = next(self._coming_arrivals, None)
+        if self._next is not None:
+            self.after(self._next.at - self.now(), self._arrive)
 
     def _arrive(self) -> None:
-        at = self._arrivals[self._next_arrival].at
-        while self._next_arrival < len(self._arrivals) and self._arrivals[self._next_arrival].at == at:
-            arrival = self._arrivals[self._next_arrival]
-            self._next_arrival += 1
-            req_no = arrival.task.req_no
-            self.open_tasks.setdefault(req_no, (arrival.task, arrival.truth))
-            self.emit(TaskSubmitted(arrival.task))
-            if arrival.truth.cancel_after_us is not None:
-                self.after(arrival.truth.cancel_after_us, self._cancel, req_no)
-        self._arm_arrival()
+        arrival = self._next
+        assert arrival is not None
+        at = arrival.at
+        while arrival is not None and arrival.at == at:
+            self.arrived += 1
+            task, truth = arrival.task, arrival.truth
+            self.open_tasks.setdefault(task.req_no, (task, truth))
+            self._put(TaskSubmitted(task))
+            if truth.cancel_after_us is not None:
+                self.after(truth.cancel_after_us, self._cancel, task.req_no)
+            arrival = next(self._coming_arrivals, None)
+        self._next = arrival
+        if arrival is not None:
+            self.after(arrival.at - at, self._arrive)
 
     def _cancel(self, req_no: str) -> None:
         if req_no in self.open_tasks:
@@ -303,7 +307,3 @@ class SimWorld:
     def crash_pod(self, number: int, detail: str) -> None:
         """Let a Pod die by itself."""
         self.pod_gone(number, FailureCause.CRASHED, detail)
-
-
-def _callback(call: Callable[..., None], arguments: tuple[Any, ...], _event: object) -> None:
-    call(*arguments)
