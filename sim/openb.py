@@ -17,6 +17,7 @@ from engine.resources import WHOLE_GPU
 from sim.workload import WorkloadError
 
 NODE_COLUMNS = ("sn", "cpu_milli", "memory_mib", "gpu", "model")
+_MOST = float(1 << 40)
 POD_COLUMNS = ("name", "cpu_milli", "memory_mib", "num_gpu", "gpu_milli")
 
 
@@ -133,7 +134,7 @@ def _whole(path: Path, line: int, row: dict[str, str], column: str) -> int:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value < 0 or value != int(value):
+    if not 0 <= value <= _MOST or value != int(value):
         raise WorkloadError(f"{path}, line {line}, {column}: {text!r} is wrong; use a whole number of at least 0")
     return int(value)
 

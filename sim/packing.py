@@ -43,6 +43,8 @@ TIES = ("name", "first", "last", "random")
 the first or the last of the node list; any, drawn for every Pod."""
 LEVELS = (100, 130)
 """Percent of the cluster's GPUs that have been asked for when the figures are taken."""
+MOST_CPU_MILLI = 4_000_000
+"""Thousandths of a core of one node or Pod."""
 MOST_PODS = 1_000_000
 """Pods of one run."""
 TOGETHER = 10
@@ -96,6 +98,11 @@ def prepare(nodes: Sequence[NodeRow], pods: Sequence[PodRow]) -> Experiment:
         raise WorkloadError("nodes: none of them has a GPU; give a node list with GPUs")
     if not any(pod.gpus for pod in pods):
         raise WorkloadError("pods: none of them asks for a GPU; give a pod list with GPUs")
+    most = max(each.cpu_milli for each in (*nodes, *pods))
+    if most > MOST_CPU_MILLI:
+        raise WorkloadError(
+            f"cpu_milli: {most} is more than a machine has; use thousandths of a core, up to {MOST_CPU_MILLI}"
+        )
     keys = Counter((pod.cpu_milli, pod.memory_mib, pod.gpus, pod.gpu_milli, pod.gpu_models) for pod in pods)
     ordered = sorted(keys, key=lambda key: not (key[2] == 1 and key[3] < WHOLE_GPU))
     at = {key: row for row, key in enumerate(ordered)}

@@ -108,7 +108,8 @@ class DotProduct(FirstFit):
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths."""
         free = nodes.left.sum(axis=1)
-        return dot_product(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        scores = dot_product(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        return np.maximum(scores, 0)
 
 
 class BestFit(FirstFit):
@@ -117,7 +118,8 @@ class BestFit(FirstFit):
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths."""
         free = nodes.left.sum(axis=1)
-        return least_left(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        scores = least_left(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        return np.maximum(scores, 0)
 
 
 class WorstFit(BestFit):
@@ -133,7 +135,7 @@ class Clustering(FirstFit):
 
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths: three quarters and more where only the kind is, then beside others, then empty nodes."""
-        full = 25 * (MOST_GPU_SHARE - nodes.left.sum(axis=1)) // MOST_GPU_SHARE
+        full = np.maximum(0, 25 * (MOST_GPU_SHARE - nodes.left.sum(axis=1)) // MOST_GPU_SHARE)
         tags = nodes.tags[:, None]
         same = (tags & shapes.tag) != 0
         level = np.where(same, np.where(tags == shapes.tag, 75, 50), np.where(tags == 0, 25, 0))

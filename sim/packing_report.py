@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,5 +151,7 @@ def _drawing(results: Sequence[PolicyResult], pods: str, form: str) -> bytes:
         buffer = io.BytesIO()
         metadata = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(buffer, format=form, dpi=130, metadata=metadata)
-    text = buffer.getvalue()
-    return text[text.index(b"<svg") :] if form == "svg" else text
+    drawn = buffer.getvalue()
+    if form == "svg":
+        return re.sub(rb"\s+<metadata>.*?</metadata>", b"", drawn[drawn.index(b"<svg") :], flags=re.DOTALL)
+    return drawn
