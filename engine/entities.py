@@ -239,6 +239,7 @@ class Task:
         "admitted",
         "alone",
         "attempt",
+        "began_at",
         "cancel_requested",
         "cause",
         "charged",
@@ -322,6 +323,8 @@ class Task:
         """GPU memory an attempt ran out of, raised; 0: never."""
         self.alone = False
         """Run on whole GPUs, one task per Pod, since it ran out of memory."""
+        self.began_at: Micros = 0
+        """When its first attempt started; 0: none has."""
         self.ran_us: Micros = 0
         """Time that attempts ran which ended without a result."""
         self.kept_us: Micros = 0

@@ -303,6 +303,8 @@ def task_started(state: State, now: Micros, e: ev.TaskStarted) -> None:
     task.rank_started |= 1 << e.rank
     if not task.started_at:
         task.started_at = max(now, 1)
+        if not task.began_at:
+            task.began_at = task.started_at
     if task.state is TaskState.STARTING and task.rank_started == task.whole:
         move(task, TaskCause.START)
         state.agenda.append((agenda.RUNNING, task))

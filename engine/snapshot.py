@@ -61,6 +61,7 @@ _TASK = (
     "alone",
     "ran_us",
     "kept_us",
+    "began_at",
 )
 
 _GETTERS: dict[tuple[str, ...], attrgetter[tuple[Any, ...]]] = {
@@ -255,8 +256,8 @@ def _restore_task(state: State, data: Plain) -> None:
     tenant = state.tenants[spec.tenant]
     task = Task(spec, 0, tenant, None, 0, estimate)
     values = data["values"]
-    if len(values) == len(_TASK) - 2:
-        values = [*values, 0, 0]  # snapshots from before run times were kept
+    if len(values) == len(_TASK) - 3:
+        values = [*values, 0, 0, 0]  # snapshots from before run times were kept
     for put, value in zip(_TASK_SETTERS, values, strict=True):
         put(task, value)
     if spec.group:

@@ -136,7 +136,7 @@ class Las(Policy):
     """Least attained service in discrete queues (Tiresias' 2D-LAS): GPUs x time a task has had decides its queue.
 
     A task starts in the first queue and moves to the next one when its attained GPU time passes a threshold. Lower queues go first
-    and stop tasks of higher ones; inside a queue the first that came goes first, and nobody stops another.
+    and stop tasks of higher ones; inside a queue the one that first started earliest goes first.
     """
 
     preemptive: bool = True
@@ -144,9 +144,10 @@ class Las(Policy):
     """Attained GPU time at which a task moves on to the next queue, rising."""
 
     def key(self, task: Task, now: Micros) -> int:
-        """Return the queue, from 0."""
+        """Rank by the queue, then by when the first attempt started; those that never did come last in theirs."""
         had = task.cost_of(ran_us(task, now))
-        return sum(1 for threshold in self.queues_gpu_us if had >= threshold)
+        queue = sum(1 for threshold in self.queues_gpu_us if had >= threshold)
+        return queue * NEVER + (task.began_at or NEVER - 1)
 
     def next_change_at(self, running: Task, now: Micros) -> Micros:
         """A running task moves on when its attained GPU time reaches the next threshold."""
