@@ -1,0 +1,157 @@
+"""What if, asked of a live journal: reads it without touching it, and keeps the computing out of the scheduler's own process.
+
+`answer` computes here. `ask_worker` has a process of its own do it, with bounds on time and memory: the scheduler and the gateway
+stay as quick as they were. `python -m api.whatif` is that process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pickle
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.sm.journal import JournalBroken, JournalCorrupt, read_journal
+from engine import profiles
+from engine.profile import Profile
+from engine.tasks import SECOND
+from sim.fork import Change, Fork, ForkError, Pool
+from sim.whatif import WhatIf, compare_futures
+
+TIMEOUT_S = 120.0
+MEMORY_BYTES = 8 << 30
+_NICE = 10
+PoolText = Annotated[str, Field(max_length=120, description="`2xa100`, or `2xa100:8` with 8 GPUs on each node.")]
+
+Progress = Callable[[float, str], None]
+
+
+class WhatIfRefused(ValueError):
+    """The question cannot be answered; the message names the field and the remedy."""
+
+
+class WhatIfTooLong(RuntimeError):
+    """The answer took longer, or more memory, than is allowed."""
+
+
+class WhatIfRequest(BaseModel):
+    """What to change. Everything left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    add_nodes: list[PoolText] = Field(default_factory=list, max_length=20, description="Nodes that join.")
+    remove_nodes: list[PoolText] = Field(default_factory=list, max_length=20, description="Nodes that are drained.")
+    profile: str = Field(
+        default="", max_length=64, pattern=r"^[a-z0-9-]*$", description="Name of another scheduling profile."
+    )
+    load: float = Field(default=1.0, gt=0, le=1000, description="Arrivals come so many times as fast.")
+    window_hours: float | None = Field(
+        default=None, ge=0, le=8784, description="So much of the past arrives once more; absent: all, at most 24."
+    )
+    hours: float | None = Field(
+        default=None, ge=0, le=8784, description="It arrives for so long; absent: as the window."
+    )
+    back_s: float = Field(default=0.0, ge=0, description="Begin so many seconds before the journal's end.")
+    seeds: int = Field(default=5, ge=2, le=100, description="Pairs of simulations; more give narrower intervals.")
+
+
+def answer(
+    journal: Path,
+    request: WhatIfRequest,
+    unchanged: Profile,
+    changed: Profile | None = None,
+    on_progress: Progress | None = None,
+) -> WhatIf:
+    """Return the two futures of a journal's end; raises WhatIfRefused, FileNotFoundError.
+
+    `unchanged` is the profile that production runs; `changed` overrides the one that the request names.
+    """
+    try:
+        if changed is None:
+            changed = profiles.load(request.profile) if request.profile else unchanged
+        before = Change(unchanged)
+        after = Change(
+            changed,
+            tuple(Pool.parse(text, "add_nodes") for text in request.add_nodes),
+            tuple(Pool.parse(text, "remove_nodes") for text in request.remove_nodes),
+            request.load,
+        )
+        begin, records = read_journal(journal, from_start=True)
+        at = None
+        if request.back_s and records:
+            at = records[-1].now - round(request.back_s * SECOND)
+        fork = Fork.of(begin, records, at)
+        return compare_futures(
+            fork,
+            before,
+            after,
+            hours=request.hours,
+            window_hours=request.window_hours,
+            seeds=request.seeds,
+            on_progress=on_progress,
+        )
+    except (ForkError, profiles.InvalidProfile, JournalCorrupt, JournalBroken) as error:
+        raise WhatIfRefused(str(error)) from error
+
+
+async def ask_worker(
+    journal: Path, request: WhatIfRequest, unchanged: Profile, timeout_s: float = TIMEOUT_S
+) -> Mapping[str, Any]:
+    """Have a process of its own answer; returns `WhatIf.to_json`. Raises WhatIfRefused, WhatIfTooLong."""
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "api.whatif",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    question = pickle.dumps((journal, request, unchanged, timeout_s))
+    try:
+        out, problems = await asyncio.wait_for(worker.communicate(question), timeout_s)
+    except TimeoutError:
+        raise WhatIfTooLong(
+            f"no answer within {timeout_s:.0f} s; ask for fewer seeds or hours, or use `aigc whatif`, which has no limit"
+        ) from None
+    finally:
+        if worker.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                worker.kill()
+            await worker.wait()
+    try:
+        found = json.loads(out)
+    except ValueError:
+        last = problems.decode(errors="replace").strip().rpartition("\n")[2]
+        raise WhatIfTooLong(f"the worker ended without an answer ({last or worker.returncode}); ask for less") from None
+    if "refused" in found:
+        raise WhatIfRefused(found["refused"])
+    result: Mapping[str, Any] = found["answer"]
+    return result
+
+
+def _serve() -> None:
+    """Answer the one question that the parent process sent."""
+    journal, request, unchanged, timeout_s = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - from the parent process
+    os.nice(_NICE)
+    seconds = round(timeout_s) + 10
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        found: dict[str, Any] = {"answer": answer(journal, request, unchanged).to_json()}
+    except (WhatIfRefused, FileNotFoundError) as error:
+        found = {"refused": str(error)}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    _serve()
