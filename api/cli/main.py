@@ -25,6 +25,7 @@ from api.cli import (
     study,
     sweep,
     trace,
+    whatif,
 )
 from api.cli.output import Exit, err, missing_extra, out
 from api.settings import ConfigurationError
@@ -55,6 +56,7 @@ app.add_typer(nodes.app, name="nodes")
 app.add_typer(models.app, name="models")
 app.add_typer(operate.keys_app, name="keys")
 app.command()(replay.replay)
+app.command()(whatif.whatif)
 app.command()(fidelity.fidelity)
 app.add_typer(trace.app, name="trace")
 reproduce.app.command()(reproduce_helios.helios)
