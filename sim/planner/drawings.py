@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from sim.planner.objectives import shown
 from sim.planner.report import label
 from sim.planner.results import Plan
+from sim.planner.trials import Trial
 
 _BLUE, _RED, _GREEN, _GREY = "#3066be", "#d1495b", "#2e8b57", "#8a93a0"
+_ROOM = 0.05
+"""Share of the picture's width that a label takes."""
 _STYLE = {
     "svg.hashsalt": "aigc plan",
     "svg.fonttype": "none",
@@ -90,8 +93,7 @@ def _curve(plan: Plan) -> str:
         linewidth=1.2,
         drawstyle="steps-post",
     )
-    for trial in front:
-        bold = plan.answer is not None and trial.pool == plan.answer.pool
+    for trial, bold in _labelled(plan, front):
         axes.annotate(
             label(trial.pool),
             (plan.request.cost(trial.pool), plan.value(trial)),
@@ -107,6 +109,18 @@ def _curve(plan: Plan) -> str:
     axes.set_xlabel(f"{plan.request.currency} per hour")
     axes.set_ylabel(f"{plan.objective.name}, {plan.objective.unit}")
     return _svg(figure)
+
+
+def _labelled(plan: Plan, front: list[Trial]) -> list[tuple[Trial, bool]]:
+    """Return which clusters get a label, the answer first, and others as far as there is room beside them."""
+    costs = [plan.request.cost(trial.pool) for trial in plan.curve]
+    room = (max(costs) - min(costs)) * _ROOM
+    chosen = [] if plan.answer is None else [(plan.answer, True)]
+    for trial in front:
+        taken = (plan.request.cost(other.pool) for other, _ in chosen)
+        if all(abs(cost - plan.request.cost(trial.pool)) > room for cost in taken):
+            chosen.append((trial, False))
+    return chosen
 
 
 def _tornado(plan: Plan) -> str:

@@ -26,9 +26,8 @@ from engine.events import (
     TaskSubmitted,
 )
 from engine.tasks import NOT_RETRYABLE, SECOND, TERMINAL_STATES, FailureCause, Micros, TaskSpec, TaskState, is_urgent
+from sim.planner import resampling
 
-SCHEMA = 1
-"""Of the figures in a store; another number and stored runs are done again."""
 _HOUR_US = 3600 * SECOND
 _TENANTS = 200
 _QUANTILES = (0.50, 0.90, 0.95, 0.99)
@@ -254,6 +253,8 @@ class _Table:
         self.completion: Floats = np.full(len(tasks), np.nan)
         self.slowdown: Floats = np.full(len(tasks), np.nan)
         self.lost = 0
+        self._blocks, count = resampling.blocks_of(np.array([task.submitted / SECOND for task in tasks]))
+        self._drawn = resampling.draws(count) if count else None
         for row, task in enumerate(tasks):
             if task.started is not None:
                 self.wait[row] = (task.started - task.submitted) / SECOND
@@ -267,14 +268,19 @@ class _Table:
             self.lost += bool(np.isinf(self.completion[row]) or np.isinf(self.wait[row]))
 
     def spread(self, members: Sequence[int]) -> dict[str, Any]:
-        """Return count, mean and quantiles of each measure over some of the tasks."""
+        """Return count, and mean, quantiles and their standard errors (``mean se``, ...) of each measure over some of the tasks."""
         found: dict[str, Any] = {"count": len(members)}
+        rows = np.array(members, dtype=np.int64)
         for name, column in (("wait", self.wait), ("completion", self.completion), ("slowdown", self.slowdown)):
-            values = column[list(members)]
-            values = np.sort(values[~np.isnan(values)])
+            counted = rows[~np.isnan(column[rows])]
+            counted = counted[np.argsort(column[counted], kind="stable")]
+            values = column[counted]
             spread = {"mean": float(values.mean()) if len(values) else 0.0}
             for share in _QUANTILES:
                 spread[f"p{round(share * 100)}"] = _quantile(values, share) if len(values) else 0.0
+            if self._drawn is not None:
+                errors = resampling.standard_errors(values, self._blocks[counted], self._drawn, _QUANTILES)
+                spread |= {f"{name} se": error for name, error in zip(list(spread), errors or (), strict=False)}
             found[name] = spread
         return found
 

@@ -71,6 +71,11 @@ class Objective:
             )
         return float(found[self.measure][self.statistic])
 
+    def error(self, classes: Mapping[str, Any]) -> float | None:
+        """Return the standard error of `value` over other days like the run's; None where there is none."""
+        found = classes[self.selector][self.measure].get(f"{self.statistic} se")
+        return None if found is None else float(found)
+
     def kept(self, value: float) -> bool:
         """Whether a value keeps the promise."""
         return value <= self.limit if self.inclusive else value < self.limit

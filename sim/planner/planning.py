@@ -12,7 +12,7 @@ from sim.planner.questions import headroom, other_policies, sways_of, warnings_o
 from sim.planner.request import PlanError, PlanRequest, gpus_of, pool_text
 from sim.planner.results import Plan, Sway, money
 from sim.planner.runs import Runs
-from sim.planner.search import Fewest, Search
+from sim.planner.search import Fewest, Search, enlarged
 from sim.planner.theory import compare, servers_for
 from sim.planner.trials import Trial, Trials, binding
 from sim.simulate import Progress
@@ -95,8 +95,7 @@ class _Planning:
         made = Plan(request, workload.name, workload.digest(), tuple(pure), tuple(mixes), untried)
         found = min((each for each in pure if each.trial is not None), key=self._cost, default=None)
         if found is not None and found.trial is not None:
-            answers = [found.trial, *(trial for trial in mixes if trial.holds)]
-            answer = min(answers, key=lambda trial: (request.cost(trial.pool), gpus_of(trial.pool)))
+            answer = min([found.trial, *mixes], key=lambda trial: (request.cost(trial.pool), gpus_of(trial.pool)))
             made = self._asked(made, answer, found, search, bound)
         else:
             made = replace(made, within_reach=self._within_reach(pure, bound))
@@ -179,12 +178,9 @@ class _Planning:
 
     def _neighbours(self, answer: Trial) -> tuple[Trial | None, Trial | None]:
         """Return the trials with one GPU less and one more, every seed. In a mix: of the model that the cluster has most of."""
-        model, count = max(answer.pool, key=lambda pair: pair[1])
-        less = tuple((name, number - (name == model)) for name, number in answer.pool if number - (name == model))
-        more = tuple((name, number + (name == model)) for name, number in answer.pool)
+        less = enlarged(answer.pool, -1)
         below = self._trials.judge(less, full=True) if less else None
-        above = self._trials.judge(more, full=True) if count < self._request.most_gpus else None
-        return below, above
+        return below, self._trials.judge(enlarged(answer.pool), full=True)
 
     def _draw(self, answer: Trial) -> None:
         """Simulate clusters beside the answer, for the curve; a mix has its own neighbours already."""

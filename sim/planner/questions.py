@@ -116,6 +116,11 @@ def warnings_of(made: Plan) -> tuple[str, ...]:
 
 
 def _knee(made: Plan) -> list[str]:
+    """Return where waiting begins to grow steeply.
+
+    Of many servers with utilisation 1 - b / sqrt(n), a share of 1 / (1 + b F(b) / f(b)) of the arrivals waits, F and f the normal
+    distribution and density (Halfin and Whitt, 1981): half of them at b = 0.5.
+    """
     answer, below, request = made.answer, made.below, made.request
     if answer is None:
         return []
@@ -128,13 +133,13 @@ def _knee(made: Plan) -> list[str]:
                 f"{shown(there, objective.unit)}; one failed GPU has the same effect, so plan a spare"
             )
     gpus = gpus_of(answer.pool)
-    knee = 1 - 1 / math.sqrt(gpus) if gpus > 1 else 0.5
+    knee = 1 - 0.5 / math.sqrt(gpus)
     full = [row for row in made.hours if row["fullest"] > knee]
     if full:
         worst = max(full, key=lambda row: (row["fullest"], -row["hour"]))
         found.append(
             f"knee: in the fullest hour (at {worst['hour']:02.0f}:00) {worst['fullest']:.0%} of the GPUs run or load; beyond "
-            f"{knee:.0%} (1 - 1/sqrt({gpus})) waiting grows steeply"
+            f"{knee:.0%} (1 - 1/(2 sqrt({gpus}))) more than half of what arrives has to wait"
         )
     for sway in made.sways:
         if sway.name == "arrival rate" and not sway.high_kept:
@@ -163,10 +168,15 @@ def _firmness(made: Plan) -> list[str]:
         )
     if answer.mean("lost"):
         found.append(f"{answer.mean('lost'):.3g} tasks per run were never served, within what the objective allows")
-    if made.request.base.trace is not None or made.request.workload is not None:
-        same = len(set(estimate.values)) == 1
-        luck = "and in this case luck plays no part" if same else "(tenants, urgency, loads, failures)"
+    days = made.other_days()
+    if days is None:
+        return found
+    same = len(set(estimate.values)) == 1
+    luck = "which plays no part here" if same else "such as tenants, urgency, loads and failures"
+    found.append(f"the arrivals are the recorded ones: seeds vary luck alone, {luck}")
+    if not objective.kept(days[1]):
         found.append(
-            f"the arrivals are the recorded ones: seeds vary luck alone {luck}, and other days may differ more"
+            f"on other days like these {objective.name} may be as high as {shown(days[1], objective.unit)}: the answer is firm "
+            "for the recorded arrivals only"
         )
     return found

@@ -106,8 +106,9 @@ def _cost_rows(plan: Plan) -> Rows:
             rows.append((each.model, "-", "-", "-", "-", "-", "-", each.why.partition(": ")[2].partition(";")[0]))
         else:
             rows.append(_cost_row(plan, each.trial))
-    mixes = [trial for trial in plan.mixes if trial.holds]
-    rows += [_cost_row(plan, trial) for trial in sorted(mixes, key=lambda trial: plan.request.cost(trial.pool))[:3]]
+    rows += [
+        _cost_row(plan, trial) for trial in sorted(plan.mixes, key=lambda trial: plan.request.cost(trial.pool))[:3]
+    ]
     return rows
 
 
@@ -157,7 +158,8 @@ def _choice_rows(plan: Plan) -> Rows:
 
 
 def _sway_rows(plan: Plan) -> Rows:
-    unit, rows = plan.objective.unit, []
+    unit = plan.objective.unit
+    rows: Rows = []
     for sway in plan.sways:
         kept = {(True, True): "", (True, False): "higher breaks it", (False, True): "lower breaks it"}
         note = kept.get((sway.low_kept, sway.high_kept), "both break it")
@@ -183,10 +185,10 @@ def _hour_rows(plan: Plan) -> Rows:
 def _theory_rows(plan: Plan) -> Rows:
     if plan.theory is None:
         return []
-    bounds: Rows = [
+    rows: Rows = [
         (f"no scheduler could do with fewer {each.model}", "-", "-", "-", str(each.bound)) for each in plan.pure
     ]
-    return bounds + [
+    rows += [
         (
             formula.name,
             f"{formula.rate_per_s:.3g}",
@@ -196,6 +198,7 @@ def _theory_rows(plan: Plan) -> Rows:
         )
         for formula in plan.theory.formulas
     ]
+    return rows
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from sim.planner.objectives import Objective, shown
 from sim.planner.request import PlanRequest, Pool, gpus_of, pool_text
 from sim.planner.search import Fewest
 from sim.planner.theory import Comparison
-from sim.planner.trials import Estimate, Trial, Verdict, binding
+from sim.planner.trials import Estimate, Trial, Verdict, binding, other_days
 from sim.prices import HOURS_PER_MONTH
 
 
@@ -106,10 +106,15 @@ class Plan:
         cost = request.cost(answer.pool)
         level = f"{request.confidence:.0%}"
         estimate = answer.estimates[self.number]
+        days = self.other_days()
+        if days is None:
+            apart = ""
+        else:
+            apart = f" ({shown(days[0], self.objective.unit)} to {shown(days[1], self.objective.unit)} on other days like these)"
         line = (
             f"{pool_text(answer.pool)} ({money(cost, request.currency)}/h) keep {promised} with {answer.profile}: "
             f"{self.objective.name} {shown(estimate.mean, self.objective.unit)}, {level} interval "
-            f"{_between(estimate, self.objective.unit)} over {answer.seeds} seeds"
+            f"{_between(estimate, self.objective.unit)} over {answer.seeds} seeds{apart}"
         )
         if self.below is None:
             return line + "; fewer is none"
@@ -124,6 +129,13 @@ class Plan:
             f"; {pool_text(self.below.pool)} {verdict}: {request.objectives[worst].name} {shown(less.mean, unit)} "
             f"({_between(less, unit)})"
         )
+
+    def other_days(self) -> tuple[float, float] | None:
+        """Return the interval of the objective if recorded hours were drawn anew; None where every seed has arrivals of its own."""
+        recorded = self.request.base.trace is not None or self.request.workload is not None
+        if self.answer is None or not recorded:
+            return None
+        return other_days(self.objective, self.answer, self.number, self.request.confidence)
 
     def value(self, trial: Trial) -> float:
         """Return the mean of the answer's nearest objective in another trial."""
@@ -146,6 +158,7 @@ class Plan:
             "answer": None if self.answer is None else self._trial(self.answer),
             "sentence": self.sentence(),
             "within_reach": self.within_reach,
+            "other_days": self.other_days(),
             "below": None if self.below is None else self._trial(self.below),
             "above": None if self.above is None else self._trial(self.above),
             "alternatives": [self._fewest(each) for each in self.pure],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.configuration import SimulationConfig
-from sim.planner import figures
+from sim.planner import figures, resampling
 from sim.planner.figures import Recorder
 from sim.planner.request import PlanError, gpus_of, workload_of
 from sim.simulate import simulate
@@ -145,4 +145,5 @@ def _clock(workload: Workload, rate_scale: float) -> tuple[float, float]:
 @cache
 def _own_code() -> str:
     """Return a hash of the code that makes figures: a sweep's fingerprint does not reach into this package."""
-    return blake2b(Path(figures.__file__).read_bytes(), digest_size=4).hexdigest()
+    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (figures, resampling))
+    return blake2b(code, digest_size=4).hexdigest()

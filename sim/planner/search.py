@@ -156,7 +156,8 @@ class Search:
     def mixes(self, pure: list[Fewest]) -> tuple[list[Trial], int]:
         """Try mixed clusters that are cheaper than the cheapest pure one, the most capable first.
 
-        Returns the trials, and how many promising candidates were left untried for want of budget (`PlanRequest.mixes`).
+        Returns those that hold and go on holding with one GPU more: of many that are tried, one may hold by luck. The number is
+        of promising candidates that were left untried for want of budget (`PlanRequest.mixes`).
         """
         request = self._request
         costs = [request.cost(each.trial.pool) for each in pure if each.trial is not None]
@@ -164,9 +165,10 @@ class Search:
             return [], 0
         best = min(costs)
         misses = [trial.pool for trial in self._trials.all() if not trial.holds]
-        tried: list[Trial] = []
+        steady: list[Trial] = []
+        tried = 0
         candidates = list(self._candidates(pure, best))
-        while candidates and len(tried) < request.mixes:
+        while candidates and tried < request.mixes:
             candidates = [
                 pool
                 for pool in candidates
@@ -180,14 +182,15 @@ class Search:
             trial = self._trials.judge(pool)
             if trial.holds:
                 trial = self._trials.judge(pool, full=True)
-            tried.append(trial)
             candidates.remove(pool)
-            if trial.holds:
-                best = request.cost(pool)
-            else:
+            if not trial.holds:
                 misses.append(pool)
+            elif self._trials.judge(enlarged(pool), full=True).holds:
+                best = request.cost(pool)
+                steady.append(trial)
+            tried += 1
         left = [pool for pool in candidates if request.cost(pool) < best - 1e-9]
-        return tried, sum(not any(_within(pool, missed) for missed in misses) for pool in left)
+        return steady, sum(not any(_within(pool, missed) for missed in misses) for pool in left)
 
     def _candidates(self, pure: list[Fewest], best: float) -> Iterator[Pool]:
         """Give every mix below a cost that the bounds allow."""
@@ -230,6 +233,13 @@ class Search:
             f"{largest.pool[0][1]} of them; it is the time of loads and runs, not of queueing: relax the objective, speed up "
             "loads, keep models deployed, or try another profile"
         )
+
+
+def enlarged(pool: Pool, by: int = 1) -> Pool:
+    """Return a cluster with one GPU more, or less, of the model that it has most of."""
+    most = max(pool, key=lambda pair: pair[1])[0]
+    changed = ((model, count + by * (model == most)) for model, count in pool)
+    return tuple((model, count) for model, count in changed if count)
 
 
 def _within(pool: Pool, other: Pool) -> bool:

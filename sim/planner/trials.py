@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,17 @@ class Trial:
     def mean(self, name: str) -> float:
         """Return the mean over seeds of a figure such as ``busy``."""
         return sum(float(figures[name]) for figures in self.figures) / len(self.figures)
+
+
+def other_days(objective: Objective, trial: Trial, number: int, confidence: float) -> tuple[float, float] | None:
+    """Return the interval of an objective's value if the recorded hours were drawn anew (`sim.planner.resampling`)."""
+    errors = [objective.error(figures["classes"]) for figures in trial.figures]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return None
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(sum(error * error for error in known) / len(known))
+    mean = trial.estimates[number].mean
+    return max(0.0, mean - half), mean + half
 
 
 def binding(objectives: Sequence[Objective], trial: Trial) -> int:
