@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from sim.plot_gantt import gantt_note, gantt_svg
 from sim.summary import Series
 
 if TYPE_CHECKING:
@@ -61,6 +62,15 @@ def all_plots(results: Sequence[SimulationResult]) -> list[Plot]:
             ),
             Plot("Model loads over time", "Pods created with a model, per hour.", _loads(results)),
             Plot("Use of each node", _heat_note(results), _heat(results)),
+            *(
+                Plot(
+                    f"Schedule around the longest queue: {result.profile}",
+                    gantt_note(result.gantt),
+                    gantt_svg(result.gantt),
+                )
+                for result in results
+                if result.gantt is not None and result.gantt.bars
+            ),
         ]
 
 

@@ -36,6 +36,12 @@ def simulate(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report here.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write what happened when: .json or .json.gz for Perfetto, .parquet for tables.")
+    ] = None,
+    timeline_slices: Annotated[
+        int, typer.Option(min=1, help="Most runs and Pods that a Perfetto file shows.")
+    ] = 50_000,
     as_json: Json = False,
 ) -> None:
     """Run the engine over a trace on a simulated cluster and print what customers would have seen.
@@ -44,6 +50,7 @@ def simulate(
     """
     from sim import paired
     from sim import simulate as simulation
+    from sim.timeline_files import Recorder
 
     if trace is not None and not trace.is_file():
         fail(
@@ -68,12 +75,19 @@ def simulate(
         names = [name.strip() for name in compare.split(",") if name.strip()]
         if seeds > 1 and len(names) < 2:
             fail("--seeds: intervals are of differences; name two profiles or more with --compare", Exit.USAGE)
+        if timeline is not None and names:
+            fail("--timeline: shows one run; name one with --profile instead of --compare", Exit.USAGE)
+        facts: dict[str, str | int | float] = {"profile": profile, "seed": seed, "config": config.digest()}
+        recorder = Recorder(timeline, facts, timeline_slices) if timeline is not None else None
         with progress_bar("simulating") as update:
             if seeds > 1:
                 results, differences = paired.compare_over_seeds(config, names, seeds, update)
+            elif names:
+                results, differences = simulation.compare(config, names, update, gantt=html is not None), []
             else:
-                results = simulation.compare(config, names, update) if names else [simulation.simulate(config, update)]
-                differences = []
+                run = simulation.simulate(config, update, journal=recorder, gantt=html is not None)
+                results, differences = [run], []
+            told = recorder.finish() if recorder is not None else []
     except FileNotFoundError as error:
         fail(str(error), Exit.UNREACHABLE)
     except ValueError as error:
@@ -86,6 +100,8 @@ def simulate(
         out.print(simulation.render_table(results[: len(names) or 1]))
         if differences:
             out.print(paired.render_differences(differences, names[0]))
+    for line in told:
+        err.print(line, markup=False, soft_wrap=True)
     if output is not None:
         simulation.write_json(results, output)
         err.print(f"result written to {output}")
