@@ -54,6 +54,38 @@ DEMANDS = (
     Demand(gpu_share=500, gpu_memory_bytes=200),
 )
 PICK = st.integers(0, 1 << 16)
+QUEUES = """
+[quotas.q0]
+guaranteed_gpus = 2
+limit_gpus = 4
+tenants = ["tenant0"]
+[quotas.rest]
+guaranteed_gpus = 3
+[quotas.q1]
+guaranteed_gpus = 1
+weight = 2
+parent = "rest"
+tenants = ["tenant1"]
+[quotas.q2]
+parent = "rest"
+tenants = ["*"]
+[preemption]
+min_run_s = 1
+"""
+IN_ORDER = (
+    "easy",
+    "conservative",
+    "themis",
+    '[ordering]\npolicy = "fifo"\n' + QUEUES,
+    '[ordering]\npolicy = "sjf"\nbackfill = "easy"\n[binding]\nwarm_reuse = false\n' + QUEUES,
+    '[ordering]\npolicy = "fair"\nage_s = 20\nbackfill = "conservative"\n[preemption]\nenabled = true\npatience_s = 1\n',
+    '[ordering]\npolicy = "gittins"\npreemptive = true\nfair_tenants = true\n[preemption]\nreload_s = 0\nmin_run_s = 0\n',
+    '[ordering]\npolicy = "las"\nqueues_gpu_s = [1, 3, 10]\nbackfill = "none"\n[preemption]\nmin_run_s = 0\n',
+    '[ordering]\npolicy = "priority"\npreemptive = true\nage_s = 30\nbackfill = "easy"\n[preemption]\nmin_run_s = 0\n',
+    '[ordering]\npolicy = "drf"\nbackfill = "easy"\n[binding]\nreclaim_idle = false\n',
+    '[ordering]\npolicy = "srtf"\n[binding]\nwarm_reuse = false\n[preemption]\nreload_s = 0\nmin_run_s = 0\n',
+)
+"""Policies under which who may start depends on who comes before, and on what others hold."""
 
 
 class AdversarialWorld(RuleBasedStateMachine):
@@ -75,6 +107,9 @@ class AdversarialWorld(RuleBasedStateMachine):
 
     @initialize(profile=st.sampled_from(profiles.NAMES), nodes=st.integers(1, 4))
     def begin(self, profile: str, nodes: int) -> None:
+        self.begin_with(profile, nodes)
+
+    def begin_with(self, profile: str, nodes: int) -> None:
         self.profile = profiles.load(profile)
         self.engine = Engine(self.profile, LIMITS)
         self.journal = MemoryJournal()
@@ -362,6 +397,14 @@ class AdversarialWorld(RuleBasedStateMachine):
         raise AssertionError(f"not over: {waiting}")
 
 
+class OrderedWorld(AdversarialWorld):
+    """The same, for profiles that place in exact order: reservations, queues, preemption by policy."""
+
+    @initialize(profile=st.sampled_from(IN_ORDER), nodes=st.integers(1, 4))
+    def begin(self, profile: str, nodes: int) -> None:
+        self.begin_with(profile, nodes)
+
+
 AdversarialWorld.TestCase.settings = settings(
     max_examples=60,
     stateful_step_count=60,
@@ -372,3 +415,5 @@ AdversarialWorld.TestCase.settings = settings(
     report_multiple_bugs=False,
 )
 test_an_adversarial_world_never_breaks_the_engine = AdversarialWorld.TestCase
+OrderedWorld.TestCase.settings = AdversarialWorld.TestCase.settings
+test_placing_in_exact_order_never_breaks_either = OrderedWorld.TestCase
