@@ -36,6 +36,10 @@ class Profile:
     """Which of several best nodes is taken: first, last, name or random (`engine.fit.TIES`)."""
     typical: tuple[Typical, ...] = ()
     """The shapes that the scorer `fgd` keeps room for; none: its own."""
+    gpu_speed_weight: int = 0
+    """Added to the score of a node whose GPU model runs the task in the shortest predicted time, less in proportion elsewhere."""
+    compact_gangs: bool = False
+    """Members of a gang on one node where that is possible, else in one rack (the nodes' label `rack`)."""
     group_affinity: bool = True
     cached_model_bonus: int = 0
     """Added to the score of a node whose cache probably holds the model."""

@@ -98,7 +98,7 @@ def prepare(nodes: Sequence[NodeRow], pods: Sequence[PodRow]) -> Experiment:
         raise WorkloadError("nodes: none of them has a GPU; give a node list with GPUs")
     if not any(pod.gpus for pod in pods):
         raise WorkloadError("pods: none of them asks for a GPU; give a pod list with GPUs")
-    most = max(each.cpu_milli for each in (*nodes, *pods))
+    most = max(max(node.cpu_milli for node in nodes), max(pod.cpu_milli for pod in pods))
     if most > MOST_CPU_MILLI:
         raise WorkloadError(
             f"cpu_milli: {most} is more than a machine has; use thousandths of a core, up to {MOST_CPU_MILLI}"

@@ -108,8 +108,8 @@ class DotProduct(FirstFit):
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths."""
         free = nodes.left.sum(axis=1)
-        scores = dot_product(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
-        return np.maximum(scores, 0)
+        scores: Ints = dot_product(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        return np.clip(scores, 0, 100)
 
 
 class BestFit(FirstFit):
@@ -118,8 +118,8 @@ class BestFit(FirstFit):
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths."""
         free = nodes.left.sum(axis=1)
-        scores = least_left(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
-        return np.maximum(scores, 0)
+        scores: Ints = least_left(nodes.cpu[:, None], free[:, None], shapes.cpu, shapes.share * shapes.gpus)
+        return np.clip(scores, 0, 100)
 
 
 class WorstFit(BestFit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.commands import Notify
 from engine.entities import Node, Pod, Task
 from engine.kinds import RoomLine, Shape
+from engine.levels.speed import fastest
 from engine.making import start_task
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
@@ -31,7 +32,9 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
         return None
     if group is not None and group.node is not None and backlog.prefers_group_node(task) and fit.score(group.node) >= 0:
         return group.node
-    bonus = turn.profile.cached_model_bonus
+    bonus, weight = turn.profile.cached_model_bonus, turn.profile.gpu_speed_weight
+    if weight:
+        return fastest(cluster, fit, task, weight, bonus)
     if not bonus or task.spec.model in best.models:
         return best
     top = (fit.score(best) - bonus, -best.index)

@@ -8,6 +8,7 @@ from engine.fit import places_on
 from engine.kinds import RoomLine, Shape
 from engine.levels.creation import create_pod
 from engine.levels.reservations import Plan, room_for
+from engine.levels.topology import close_together
 from engine.resources import GpuGrant
 from engine.tasks import Affinity, Micros, PodState, TaskState
 from engine.turn import Turn
@@ -109,7 +110,9 @@ def _new_places(turn: Turn, line: RoomLine, task: Task, members: int) -> Places 
     elif group is not None and task.spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
         places = _together(turn, line, members)
     else:
-        places = _anywhere(turn, line, task, members)
+        places = close_together(turn, line, members) if turn.profile.compact_gangs and members else None
+        if places is None:
+            places = _anywhere(turn, line, task, members)
     cluster.version = version
     return places
 

@@ -35,6 +35,8 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
     "placement": {
         "group_affinity": ("group_affinity", "bool"),
         "cached_model_bonus": ("cached_model_bonus", "int"),
+        "gpu_speed_weight": ("gpu_speed_weight", "int"),
+        "compact_gangs": ("compact_gangs", "bool"),
     },
     "binding": {
         "warm_reuse": ("warm_reuse", "bool"),

@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from engine import profiles
 from engine.cluster import Cluster
 from engine.commands import CreatePod
-from engine.entities import Node
+from engine.entities import Node, Task, Tenant
+from engine.events import TaskSubmitted
 from engine.fit import Fit
 from engine.levels.scorers import SCORERS, scorer
 from engine.levels.scoring.fragmentation import Fragmentation, Typical, most_popular
 from engine.levels.scoring.gradient import Fgd
 from engine.levels.scoring.protocol import fitting_devices
+from engine.levels.speed import fastest
 from engine.resources import Demand, GpuGrant, GpuSpec, NodeSpec
+from engine.tasks import SECOND, Estimate, Quantiles, TaskSpec, TaskType
 
 MIB = 1 << 20
 
@@ -349,3 +352,95 @@ def test_a_wrong_placement_key_is_named_with_its_remedy(key: str, complaint: str
     with pytest.raises(profiles.InvalidProfile) as caught:
         profiles.load(f'name = "x"\n[placement]\n{key}\n')
     assert complaint in str(caught.value)
+
+
+# --- unlike GPUs, warm models, and gangs close together -----------------------------------------------------------------
+
+
+def seconds(**by_model: float) -> Estimate:
+    def quantiles(value: float) -> Quantiles:
+        return Quantiles(*[round(value * SECOND)] * 4)
+
+    return Estimate(tuple(sorted((name.replace("any", "*"), quantiles(value)) for name, value in by_model.items())))
+
+
+def place_with_estimate(desk: Any, task: Any, estimate: Estimate | None, profile: str = "heterogeneous") -> str:
+    d = desk(profile)
+    d.node("slow", gpus=4, model="t4")
+    d.node("fast", gpus=4, model="h100")
+    d.step(TaskSubmitted(task("t"), estimate))
+    return str(d.where("t"))
+
+
+def test_a_task_goes_to_the_gpu_model_that_runs_it_fastest(desk: Any, task: Any) -> None:
+    assert place_with_estimate(desk, task, seconds(any=20, t4=40, h100=10)) == "fast"
+    assert place_with_estimate(desk, task, seconds(any=20, t4=10, h100=40)) == "slow"
+    # Without a prediction, or one that knows no difference, the first of two equals is taken.
+    assert place_with_estimate(desk, task, seconds(any=20)) == "slow"
+    assert place_with_estimate(desk, task, None) == "slow"
+    assert (
+        place_with_estimate(desk, task, seconds(any=20, t4=40, h100=10), "best-fit") == "fast"
+    )  # "fast" < "slow" by name
+    assert place_with_estimate(desk, task, seconds(any=20, t4=40, h100=10), "first-fit") == "slow"
+
+
+def test_a_small_gain_in_speed_yields_to_the_score() -> None:
+    cluster = Cluster()
+    full, empty = add(cluster, "full", [1000, 0], model="a"), add(cluster, "empty", [1000, 1000], model="b")
+    fit = Fit(cluster, Demand(), ((SCORERS["best_fit"], 1),))
+    one = Tenant("a", 0)
+
+    def chosen(weight: int, slow: float) -> Node | None:
+        spec = TaskSpec("t", "a", "", TaskType.GC, "sleep")
+        return fastest(cluster, fit, Task(spec, 1, one, None, 0, seconds(any=9, a=slow, b=10)), weight, 0)
+
+    # Best fit says 500 for the half-full node; with weight 1000 the slower model adds 1000 x 10/11 = 909 and 1000 x 10/40 = 250.
+    assert chosen(1000, 11) is full
+    assert chosen(1000, 40) is empty
+    assert chosen(100, 40) is full
+
+
+def test_a_model_that_is_cached_draws_its_tasks(desk: Any, task: Any) -> None:
+    d = desk("model-aware")
+    d.node("n1", gpus=4)
+    d.node("n2", gpus=4)
+    d.answer(d.submit(task("first", model="sd", slots=1)))
+    d.answer(d.submit(task("other", model="xl", slots=1)))
+    assert d.where("first") == "n1"
+    d.submit(task("again", model="sd", slots=1))
+    assert d.where("again") == "n1"
+
+
+def gang_on(d: Any, task: Any, members: int) -> list[str]:
+    d.submit(task("gang", members=members, demand=Demand(gpus=1)))
+    return sorted(c.node for c in d.orders if isinstance(c, CreatePod) and c.req_no == "gang")
+
+
+def rack(name: str) -> tuple[tuple[str, str], ...]:
+    return (("rack", name),)
+
+
+def test_a_gang_goes_to_one_node_where_that_is_possible(desk: Any, task: Any) -> None:
+    d = desk("topology")
+    d.node("a1", gpus=2, labels=rack("a"))
+    d.node("a2", gpus=2, labels=rack("a"))
+    d.node("b1", gpus=4, labels=rack("b"))
+    assert gang_on(d, task, 4) == ["b1"] * 4
+
+
+def test_a_gang_too_large_for_a_node_goes_to_one_rack_on_as_few_nodes_as_possible(desk: Any, task: Any) -> None:
+    d = desk("topology")
+    d.node("a1", gpus=4, labels=rack("a"))
+    d.node("b1", gpus=1, labels=rack("b"))
+    d.node("b2", gpus=4, labels=rack("b"))
+    d.node("b3", gpus=2, labels=rack("b"))
+    # No rack but b has room for six: four on b2, and the smallest room for the other two is b3's.
+    assert gang_on(d, task, 6) == ["b2"] * 4 + ["b3"] * 2
+
+
+def test_a_gang_too_large_for_a_rack_goes_anywhere_and_unlabelled_nodes_are_no_rack(desk: Any, task: Any) -> None:
+    d = desk("topology")
+    d.node("a1", gpus=2, labels=rack("a"))
+    d.node("x1", gpus=2)
+    d.node("x2", gpus=2)
+    assert gang_on(d, task, 5) == ["a1"] * 2 + ["x1"] * 2 + ["x2"]
