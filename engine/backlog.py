@@ -52,6 +52,8 @@ class Backlog:
         self.idle: dict[int, Pod] = {}
         self.overdue: dict[int, Pod] = {}
         """Pods that are idle for too long, by their number."""
+        self.no_room_at = (-1, -1, -1, -1)
+        """What was idle, free and waiting when idle Pods could make room for nobody."""
         self.idle_version = 0
         """Grows when a Pod becomes idle."""
         self._oldest: list[Pod] = []
@@ -62,7 +64,7 @@ class Backlog:
         """Whether the aged have turns of their own, and any has entered a line since the last rebuild."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
         """(method, model) -> its Pods that are not gone."""
-        self.timers = Timers()
+        self.timers = Timers(state.limits.look_us)
         self.ages: list[tuple[Micros, int, int, Task]] = []
         self._ticket = 0
         self._cursor = 0
@@ -108,7 +110,7 @@ class Backlog:
         self.by_model.clear()
         self.may_be_aged = False
         self.ages.clear()
-        self.timers = Timers()
+        self.timers = Timers(state.limits.look_us)
         self._cards = sorted(state.cluster.cards)
         self._columns = len(state.cluster.columns)
         self._topology = state.cluster.topology
@@ -182,7 +184,8 @@ class Backlog:
         if task.urgent:
             self.urgent += 1
             if self.profile.preempt:
-                self.task_due(task, task.pending_since + self.profile.preempt_patience_us)
+                patient_until = task.pending_since + self.profile.preempt_patience_us
+                self.task_due(task, patient_until + -patient_until % self.state.limits.look_us)
         if band == ORDINARY and self._age_us:
             heappush(self.ages, (task.submitted_at + self._age_us, task.seq, ticket, task))
             if len(self.ages) > 1024 + 2 * self.state.pending:
@@ -306,6 +309,23 @@ class Backlog:
             assert isinstance(line, RoomLine)
             del self.active[line]
             self.woken.pop(line, None)
+
+    @property
+    def pushed(self) -> int:
+        """How many times a task was put into its lines."""
+        return self._ticket
+
+    @property
+    def stirred(self) -> bool:
+        """Tell whether any line may be served: one is awake, or nodes changed since lines were woken by that."""
+        cluster = self.state.cluster
+        return bool(
+            self.kinds_awake
+            or self.active
+            or self._cursor != len(cluster.changes)
+            or self._epoch != cluster.epoch
+            or self._topology != cluster.topology
+        )
 
     def promote(self, now: Micros) -> None:
         """Move tasks that have waited long enough to the band of the aged."""

@@ -67,13 +67,15 @@ class WarmLine(Line):
 class RoomLine(Line):
     """Tasks that wait for room for a new Pod (or, `members` > 1, for as many at once)."""
 
-    __slots__ = ("dropped", "failed_at", "fit", "members")
+    __slots__ = ("dropped", "failed_at", "fit", "key", "members")
 
     def __init__(self, fit: Fit, node: int, members: int, parked: Parked, common: Tenant) -> None:
         super().__init__(node, parked, common)
         self.dropped = False
         self.fit = fit
         self.members = members
+        self.key = (repr(fit.demand), node, fit.empty)
+        """What lines are sorted by."""
         self.failed_at: tuple[int, int, int] = (-1, -1, -1)
         """What was idle and free when making room failed last."""
 

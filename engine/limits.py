@@ -40,6 +40,8 @@ class Limits:
     """An attempt whose start is not confirmed by then loses its Pod."""
     stop_us: Micros = 60 * SECOND
     """An attempt that is not stopped this long after its grace loses its Pod."""
+    look_us: Micros = 100_000
+    """Pods that are due for a look (idle for too long, late, over their run limit) are looked at once in this time."""
     wakeup_us: Micros = 1_000
     """The engine asks for no wakeup sooner than this."""
     gang_members: int = 1_024

@@ -64,13 +64,15 @@ class Engine:
                 raise InvalidEvent(f"events: {type(event).__name__} is no event; use the types of engine.events")
             fold(state, now, event)
         turn = Turn(state, self._backlog, self.profile, self.reasons, now)
-        reactions.work_off(turn)
+        if state.agenda:
+            reactions.work_off(turn)
         reactions.work_off_due(turn)
         binding.place(turn)
         preemption.preempt(turn)
         elasticity.keep_warm(turn)
         elasticity.advise(turn)
-        reactions.work_off(turn)
+        if state.agenda:
+            reactions.work_off(turn)
         self.wakeup_at = self._next_wakeup(turn.more)
         return turn.commands
 

@@ -13,14 +13,17 @@ Due = tuple[Micros, int, int, Task | Pod]
 class Timers:
     """Due times of tasks and Pods. A Pod has at most one entry that counts: the earliest; the look decides on the next."""
 
-    __slots__ = ("_heap", "_order")
+    __slots__ = ("_grid_us", "_heap", "_order")
 
-    def __init__(self) -> None:
+    def __init__(self, grid_us: Micros) -> None:
         self._heap: list[Due] = []
         self._order = 0
+        self._grid_us = grid_us
+        """Looks at Pods wait for the next multiple of this, so that one wakeup serves many."""
 
     def watch_pod(self, pod: Pod, at: Micros) -> None:
-        """Look at a Pod at a time, unless it is looked at before that."""
+        """Look at a Pod at a time or a little later, unless it is looked at before that."""
+        at += -at % self._grid_us
         if at < pod.check_at:
             pod.check_at = at
             heappush(self._heap, (at, 1, pod.number, pod))

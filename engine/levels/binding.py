@@ -25,6 +25,8 @@ def place(turn: Turn) -> None:
     if backlog.waiting is not None:
         place_in_order(turn, backlog.waiting)
         return
+    if not backlog.stirred and not reclaim(turn):
+        return
     backlog.wake_by_changes()
     for line in list(backlog.active):
         if line.node < 0 and line.members == 1 and line.fit.best() is None:
@@ -208,6 +210,9 @@ def reclaim(turn: Turn) -> bool:
     backlog = turn.backlog
     if not turn.profile.reclaim_idle or not backlog.idle:
         return False
+    version = (*room_version(turn), backlog.pushed)
+    if backlog.no_room_at == version:
+        return False
     waiting = []
     for line in backlog.room_lines.values():
         if line.live and not line.active and line.members == 1 and line.failed_at != room_version(turn):
@@ -223,6 +228,8 @@ def reclaim(turn: Turn) -> bool:
         if task.line_ticket and claim_room(turn, task, line):
             made = True
             backlog.wake(line)
+    if not made and len(turn.state.claims) < turn.limits.claims:
+        backlog.no_room_at = version
     return made
 
 

@@ -33,8 +33,16 @@ def preempt(turn: Turn) -> None:
     victims: list[tuple[int, int, Task]] | None = None
     young_at: Micros = NEVER
     left = turn.limits.preemptions_per_step
-    lines = [line for line in turn.backlog.room_lines.values() if line.live and not line.active and line.members == 1]
-    for line in sorted(lines, key=lambda line: (repr(line.fit.demand), line.node, line.fit.empty)):
+    lines = [
+        line
+        for line in turn.backlog.room_lines.values()
+        if line.live
+        and not line.active
+        and line.members == 1
+        and (head := line.head()) is not None
+        and _may_preempt(turn, head[1])
+    ]
+    for line in sorted(lines, key=lambda line: line.key):
         while left > 0:
             head = line.head()
             if head is None or not _may_preempt(turn, head[1]):

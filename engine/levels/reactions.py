@@ -33,14 +33,17 @@ def work_off(turn: Turn) -> None:
 
 def work_off_due(turn: Turn) -> None:
     """Look at every task and Pod that is due."""
-    turn.backlog.promote(turn.now)
-    for item in turn.backlog.timers.take_due(turn.now):
+    backlog = turn.backlog
+    backlog.promote(turn.now)
+    for item in backlog.timers.take_due(turn.now):
         if isinstance(item, Task):
             _task_due(turn, item)
         else:
             _pod_due(turn, item)
-    _let_idle_go(turn)
-    work_off(turn)
+    if backlog.overdue:
+        _let_idle_go(turn)
+    if turn.state.agenda:
+        work_off(turn)
 
 
 def _let_idle_go(turn: Turn) -> None:
