@@ -283,24 +283,24 @@ class JobCore:
     def _fill_all(self, now: int) -> None:
         """Start whoever may go ahead of the first, in the order of the line."""
         window = self._shadow - now if self.backfill == EASY else NONE - 1
+        on_one = self.nodes.per_node if self.processors is None else self.processors.total_free
         while True:
             best = NONE
             anywhere, beside = self._rooms()
             for size in self._sizes:
-                if not size.waiting:
-                    continue
                 gpus = size.gpus
                 if gpus > anywhere:
                     break
-                if gpus <= beside or (self.nodes.per_node < gpus and self._holds_beside(gpus)):
-                    longest = NONE - 1
-                elif (
-                    gpus <= self.nodes.per_node
-                    or self.processors is not None
-                    or self.nodes.pick_whole(gpus) is not None
-                ):
-                    longest = window
-                else:
+                shortest = size.tree[1]
+                if shortest == NONE:
+                    continue
+                longest = NONE - 1
+                if gpus > beside:
+                    if gpus <= on_one:
+                        longest = window
+                    elif self._pick_whole_beside(gpus) is None:
+                        longest = window if self.nodes.pick_whole(gpus) is not None else -1
+                if shortest > longest:
                     continue
                 rank = size.first(longest)
                 if rank < best:
@@ -329,11 +329,8 @@ class JobCore:
             most = nodes.total_free
         return most, beside
 
-    def _holds_beside(self, gpus: int) -> bool:
-        nodes = self.nodes
-        if self.processors is not None:
-            return False
-        return nodes.pick_whole(gpus, self._closed if self.backfill == EASY else 0) is not None
+    def _pick_whole_beside(self, gpus: int) -> Pieces | None:
+        return self.nodes.pick_whole(gpus, self._closed if self.backfill == EASY else 0)
 
     def _fill(self, rank: int, now: int) -> bool:
         """Start one job ahead of the first if that delays the first in no way, as far as estimates hold."""

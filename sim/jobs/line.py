@@ -16,7 +16,7 @@ class SizeLine:
     Coming and going cost a few steps up, and the first in rank that is no longer than a given time is found on one way down.
     """
 
-    __slots__ = ("gpus", "leaves", "ranks", "tree", "waiting")
+    __slots__ = ("gpus", "leaves", "ranks", "tree")
 
     def __init__(self, gpus: int, ranks: Sequence[int]) -> None:
         self.gpus = gpus
@@ -27,11 +27,9 @@ class SizeLine:
             leaves *= 2
         self.leaves = leaves
         self.tree: list[int] = [NONE] * (2 * leaves)
-        self.waiting = 0
 
     def come(self, rank: int, estimate: int) -> None:
         """Let a job wait here."""
-        self.waiting += 1
         tree = self.tree
         at = self.leaves + bisect_left(self.ranks, rank)
         while at and tree[at] > estimate:
@@ -40,7 +38,6 @@ class SizeLine:
 
     def go(self, rank: int) -> None:
         """Let a waiting job leave."""
-        self.waiting -= 1
         tree = self.tree
         at = self.leaves + bisect_left(self.ranks, rank)
         before = tree[at]

@@ -95,6 +95,8 @@ class Processors:
     def _first(self, gpus: int) -> Groups:
         """Empty nodes from the lowest number on."""
         levels = self.levels
+        if self.per_node == 1:
+            return [(_lowest(levels[1], gpus), 1)]
         low, high = 0, self.count
         while low < high:
             middle = (low + high) // 2
