@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 
@@ -90,7 +91,21 @@ SCORERS: dict[str, Scorer] = {
 
 
 def scorer(name: str, typical: Sequence[Typical] = ()) -> Scorer:
-    """Return the scorer of that name; `fgd` goes by the typical shapes, where there are some."""
+    """Return the scorer of that name; `fgd` goes by the typical shapes, where there are some.
+
+    A name with a colon is a scorer of one's own, ``module:Class``: the module is imported. Raises ValueError when that fails.
+    """
     if name == "fgd" and typical:
         return Fgd(typical)
-    return SCORERS[name]
+    if ":" not in name:
+        return SCORERS[name]
+    module, _, class_name = name.partition(":")
+    try:
+        made = getattr(import_module(module), class_name)()
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"placement.scorers: {name!r} cannot be made ({error}); the module must be on PYTHONPATH and hold the class"
+        ) from error
+    if not isinstance(made, Scorer):
+        raise ValueError(f"placement.scorers: {name!r} is no scorer; it needs the methods node and nodes")
+    return made

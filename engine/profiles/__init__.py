@@ -10,7 +10,7 @@ from typing import Any
 from engine.levels.ordering import Ordering, Policy
 from engine.levels.orderings import ORDERINGS
 from engine.levels.quotas import QueueSpec, Quotas
-from engine.levels.scorers import SCORERS
+from engine.levels.scorers import SCORERS, scorer
 from engine.profile import BACKFILLS, Profile
 from engine.profiles.placement import READERS
 from engine.resources import WHOLE_GPU
@@ -103,7 +103,7 @@ def _profile(table: dict[str, Any], own_policies: bool) -> Profile:
             raise InvalidProfile(f"[{section}]: there is no such level; use ordering, quotas, {', '.join(_FIELDS)}")
         for key, raw in content.items():
             if section == "placement" and key == "scorers":
-                values["scorers"] = _scorers(raw)
+                values["scorers"] = _scorers(raw, own_policies)
                 continue
             if section == "placement" and key in READERS:
                 try:
@@ -200,11 +200,16 @@ def _quotas(table: object) -> Quotas:
         raise InvalidProfile(str(error)) from error
 
 
-def _scorers(raw: object) -> tuple[tuple[str, int], ...]:
+def _scorers(raw: object, own_policies: bool) -> tuple[tuple[str, int], ...]:
     if not isinstance(raw, dict):
         raise InvalidProfile("placement.scorers: use a table of names and whole weights, as { best_fit = 1 }")
     for name in raw:
-        if name not in SCORERS:
+        if ":" in name and own_policies:
+            try:
+                scorer(name)
+            except ValueError as error:
+                raise InvalidProfile(str(error)) from error
+        elif name not in SCORERS:
             raise InvalidProfile(f"placement.scorers.{name}: there is no such scorer; use {', '.join(SCORERS)}")
     return tuple((name, _value(f"placement.scorers.{name}", weight, "int")) for name, weight in raw.items())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -444,3 +445,37 @@ def test_a_gang_too_large_for_a_rack_goes_anywhere_and_unlabelled_nodes_are_no_r
     d.node("x1", gpus=2)
     d.node("x2", gpus=2)
     assert gang_on(d, task, 5) == ["a1"] * 2 + ["x1"] * 2 + ["x2"]
+
+
+# --- a scorer of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_the_scorer_in_the_documentation_works(desk: Any, task: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n")[1:] if "class FewPods" in part).split("```")[0]
+    (tmp_path / "my_scorers.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = 'name = "few"\n[placement]\ngroup_affinity = false\nscorers = { "my_scorers:FewPods" = 1 }'
+    d = desk(profiles.load(text))
+    d.node("n1", gpus=4)
+    d.node("n2", gpus=4)
+    for at in range(4):
+        d.submit(task(f"t{at}", model=f"m{at}"))
+    assert [d.where(f"t{at}") for at in range(4)] == ["n1", "n2", "n1", "n2"]
+    with pytest.raises(profiles.InvalidProfile, match="there is no such scorer"):
+        profiles.load(text, own_policies=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no_such_module_here:X", "cannot be made (No module named"),
+        ("engine.tasks:X", "cannot be made (module 'engine.tasks' has no attribute 'X')"),
+        ("engine.resources:Demand", "is no scorer; it needs the methods node and nodes"),
+        ("engine.levels.speed:fastest", "cannot be made (fastest() missing"),
+    ],
+)
+def test_a_scorer_that_cannot_be_made_is_named(name: str, complaint: str) -> None:
+    with pytest.raises(profiles.InvalidProfile) as caught:
+        profiles.load(f'name = "x"\n[placement]\nscorers = {{ "{name}" = 1 }}')
+    assert complaint in str(caught.value)

@@ -20,6 +20,7 @@ from engine.resources import WHOLE_GPU, Demand
 Scores = npt.NDArray[np.int64]
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores nodes for a demand."""
 
