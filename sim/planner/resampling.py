@@ -15,6 +15,8 @@ Ints = NDArray[np.int64]
 _HOUR_S = 3600.0
 _DRAWS = 60
 _FEWEST_BLOCKS = 24
+_CELLS = 2_000_000
+"""Weights that are held at once."""
 
 
 def blocks_of(submitted_s: Floats) -> tuple[Ints, int]:
@@ -43,11 +45,15 @@ def standard_errors(
     if not len(ordered) or np.isinf(ordered[-1]):
         return None
     found = []
-    for counts in drawn:
-        weights = counts[blocks]
-        total = np.cumsum(weights)
-        if not total[-1]:
-            continue
-        rows = np.searchsorted(total, np.array(shares) * total[-1] - 1e-9, side="left")
-        found.append((float(np.dot(weights, ordered)) / total[-1], *ordered[np.minimum(rows, len(ordered) - 1)]))
-    return [float(value) for value in np.std(np.array(found), axis=0, ddof=1)]
+    width = max(1, _CELLS // len(ordered))
+    for first in range(0, len(drawn), width):
+        weights = drawn[first : first + width][:, blocks]
+        total = np.cumsum(weights, axis=1)
+        weights, total = weights[total[:, -1] > 0], total[total[:, -1] > 0]
+        whole = total[:, -1]
+        columns = [weights @ ordered / whole]
+        for share in shares:
+            rows = (total < (share * whole - 1e-9)[:, None]).sum(axis=1)
+            columns.append(ordered[np.minimum(rows, len(ordered) - 1)])
+        found.append(np.stack(columns, axis=1))
+    return [float(value) for value in np.std(np.concatenate(found), axis=0, ddof=1)]
