@@ -12,6 +12,7 @@ from sim import synthetic
 from sim.faults import Fault, FaultPlan
 from sim.hardware import FAMILIES, GPU_MODELS, Hardware, cluster, pooled
 from sim.readers import registry
+from sim.readers.gpu_types import held_to
 from sim.synthetic import SyntheticConfig
 from sim.workload import Workload, declared, demanding, with_models
 
@@ -48,6 +49,8 @@ class SimulationConfig:
     """Spread of the error of declared run times, where ``declared`` has to make them up."""
     rate_scale: float = 1.0
     limit: int | None = None
+    step_ms: float = 0.0
+    """The scheduler decides at most once in so many milliseconds, as one does that waits for a disk; 0: at every instant."""
     until_hours: float | None = None
     """Stop at this simulated time; None: when every task is over."""
     tenants: int = 4
@@ -101,6 +104,8 @@ class SimulationConfig:
             raise ConfigError(f"family: unknown {self.family!r}; known are {', '.join(sorted(FAMILIES))}")
         if self.forecaster not in FORECASTERS:
             raise ConfigError(f"forecaster: unknown {self.forecaster!r}; known are {', '.join(FORECASTERS)}")
+        if not 0 <= self.step_ms <= 60_000:
+            raise ConfigError(f"step_ms: must lie between 0 and 60000, got {self.step_ms}")
         if not 0 <= self.urgent_share <= 1:
             raise ConfigError(f"urgent_share: must lie between 0 and 1, got {self.urgent_share}")
         for name in (
@@ -165,6 +170,8 @@ class SimulationConfig:
         else:
             form = registry.format_named(self.trace_format) if self.trace_format else registry.detect(self.trace)
             workload, of_service = registry.read(self.trace, self._reader_options(), form.name), form.service
+            models = [model for model, _ in self.pools] or [self.gpu_model]
+            workload = workload if of_service else held_to(workload, models)
         if of_service:
             workload = demanding(
                 workload, gpu_share=self.gpu_share, gpu_memory_gib=self.gpu_memory_gib, slots=self.slots
@@ -177,7 +184,6 @@ class SimulationConfig:
         return registry.ReaderOptions(
             limit=self.limit,
             gpus_per_node=self.gpus_per_node,
-            gpu_types=False,
             tenants=self.tenants,
             urgent_share=self.urgent_share,
             seed=self.seed,

@@ -18,8 +18,11 @@ _PATIENCE_US = 90 * 86_400 * SECOND
 
 
 class _Pump:
-    def __init__(self, engine: Steps, world: SimWorld, journal: Journal, forecaster: Forecaster) -> None:
+    def __init__(
+        self, engine: Steps, world: SimWorld, journal: Journal, forecaster: Forecaster, step_us: Micros = 0
+    ) -> None:
         self._world = world
+        self._step_us = step_us
         self._turns = drive(engine, world, journal, forecaster)
         self.rung = False
         self._armed_for: Micros | None = None
@@ -27,7 +30,14 @@ class _Pump:
         self._last: Micros = -1
 
     def ring(self) -> None:
-        """Ask for one turn at this instant, after everything else that is due now."""
+        """Ask for one turn at this instant, or at the next multiple of `step_us`, after everything else that is due then."""
+        wait = -self._world.now() % self._step_us if self._step_us else 0
+        if wait:
+            self._world.after(wait, self._answer)
+        else:
+            self.rung = True
+
+    def _answer(self) -> None:
         self.rung = True
 
     def turn(self) -> None:
@@ -63,13 +73,17 @@ def run(
     forecaster: Forecaster | None = None,
     until: Micros | None = None,
     progress: Callable[[float, str], None] | None = None,
+    step_us: Micros = 0,
 ) -> None:
     """Simulate until every task is over, or until a simulated time.
+
+    With `step_us` the scheduler takes what happened at most once in that time, all together, as one does that makes every step
+    durable before its effects; 0: each instant has its own step.
 
     `progress` is called now and then with the share done and a line for people. Stops as well when nothing can happen any more; the
     world's `open_tasks` then holds what was never finished.
     """
-    pump = _Pump(engine, world, journal, forecaster or NoForecast())
+    pump = _Pump(engine, world, journal, forecaster or NoForecast(), step_us)
     world.bell = pump.ring
     pump.ring()
     env = world.env

@@ -120,7 +120,7 @@ def simulate(
     if isinstance(forecaster, OnlineForecaster):
         keep = forecaster.watching(keep)
     with calm_collector():
-        run(engine, world, keep, forecaster, config.until_us(), on_progress)
+        run(engine, world, keep, forecaster, config.until_us(), on_progress, round(config.step_ms * 1_000))
     wall_s = perf_counter() - began
     if follower is not None:
         follower.close()

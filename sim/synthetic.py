@@ -14,18 +14,19 @@ How it was fitted (docs/simulation.md has the table):
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
 
-from engine.tasks import SECOND, Affinity, FailureCause, TaskSpec, TaskType
+from engine.tasks import SECOND
+from sim.columns import Columns
 from sim.gentd26 import DEMAND
-from sim.workload import Arrival, Truth, Workload, WorkloadError, ranked
+from sim.workload import Workload, WorkloadError
 
 _T = TypeVar("_T")
 _IMAGES = ((1, 0.580), (4, 0.191), (8, 0.147), (2, 0.082))
@@ -33,6 +34,7 @@ _STEPS = ((30, 0.908), (40, 0.051), (28, 0.008), (35, 0.010), (25, 0.008), (20, 
 _LEVELS = (-0.20, 0.50, -0.10, -0.10, 0.85, 0.0, -0.10, -0.05, -0.05, 0.45)
 """Logarithm of the ten most used models' run times beside the others', as measured; the rest are drawn."""
 _KINDS = (("TXT_2_IMG", 0.911), ("IMG_2_IMG", 0.082), ("INPAINTING", 0.007))
+_KIND_INDEX = {name: index for index, (name, _) in enumerate(_KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,11 @@ class Zipf:
 def make(config: SyntheticConfig) -> Workload:
     """Make the workload; the same configuration gives the same tasks, byte for byte."""
     times = _arrival_times(config, np.random.default_rng([config.seed, 1]))
-    arrivals = tuple(_arrivals(config, times, np.random.default_rng([config.seed, 2])))
-    arrivals = ranked(arrivals, tenants=config.tenants, urgent_share=config.urgent_share, seed=config.seed)
+    columns = _columns(config, times, np.random.default_rng([config.seed, 2]))
+    columns = columns.ranked(config.tenants, config.urgent_share, config.seed)
     return Workload(
         f"synthetic-{config.tasks}-seed-{config.seed}",
-        arrivals,
+        columns,
         (("made", "like GenTD26"), ("per_day", config.per_day)),
     )
 
@@ -131,18 +133,21 @@ def _arrival_times(config: SyntheticConfig, rng: np.random.Generator) -> list[in
     return [round((moment - origin) / compress * SECOND) for moment in made[: config.tasks]]
 
 
-def _arrivals(config: SyntheticConfig, times: list[int], rng: np.random.Generator) -> Iterator[Arrival]:
+def _columns(config: SyntheticConfig, times: list[int], rng: np.random.Generator) -> Columns:
     groups = Zipf(config.groups, config.group_zipf)
     models = Zipf(config.models, config.model_zipf, config.model_shift)
     loras = Zipf(config.loras, config.lora_zipf)
     model_level = rng.normal(0.0, 0.25, config.models)
     model_level[: len(_LEVELS)] = _LEVELS[: config.models]
-    user_level = rng.normal(0.0, 0.18, config.groups)
+    levels = model_level.tolist()
+    user_level = rng.normal(0.0, 0.18, config.groups).tolist()
     recent: deque[int] = deque(maxlen=12)
     favourite: dict[int, int] = {}
     with_lora: dict[int, bool] = {}
-    for number, at in enumerate(times):
-        draw = rng.random(10)
+    rows = array("q")
+    """Eight numbers a task: (group, model, images, steps, kind, lora, run time in microseconds, fails)."""
+    for _ in times:
+        draw = rng.random(10).tolist()
         returning = recent and draw[0] < config.session
         group = recent[int(draw[1] * len(recent))] if returning else groups.rank(draw[1])
         recent.append(group)
@@ -152,31 +157,36 @@ def _arrivals(config: SyntheticConfig, times: list[int], rng: np.random.Generato
         model = favourite[group]
         wears = with_lora[group]
         if draw[9] < config.training_share:
-            yield Arrival(at, _training(number, group, model), Truth())
+            rows.extend((group, model, -1, -1, -1, -1, -1, 0))
             continue
         images, steps, kind = _pick(_IMAGES, draw[5]), _pick(_STEPS, draw[6]), _pick(_KINDS, draw[7])
-        log_s = 2.90 + model_level[model] + user_level[group] + config.noise_sigma * float(rng.standard_normal())
+        log_s = 2.90 + levels[model] + user_level[group] + config.noise_sigma * float(rng.standard_normal())
         log_s += 0.14 * math.log(images) + 0.26 * math.log(steps / 30) + (0.80 if wears else 0.0)
         log_s += 0.35 * float(rng.exponential(1.0)) if rng.random() < 0.10 else 0.0
         seconds = min(600.0, math.exp(log_s))
-        names = (f"lora-{loras.rank(float(rng.random())):04d}",) if wears else ()
+        lora = loras.rank(float(rng.random())) if wears else -1
         if config.separate_lora_loads and wears:
             seconds = max(1.0, seconds - 4.4)
-        truth = Truth(
-            work_us=round(seconds * SECOND),
-            fails_with=FailureCause.BAD_INPUT if draw[8] < config.failure_share else None,
-            loras=names if config.separate_lora_loads else (),
-        )
-        features: dict[str, str | int | float] = {
-            "images": images,
-            "kind": kind,
-            "loras": len(names),
-            "steps": steps,
-            "user": f"G{group:04d}",
-        }
-        if names:
-            features["lora_set"] = names[0]
-        yield Arrival(at, _generation(number, group, model, features), truth)
+        fails = draw[8] < config.failure_share
+        rows.extend((group, model, images, steps, _KIND_INDEX[kind], lora, round(seconds * SECOND), fails))
+    table = np.frombuffer(rows, dtype=np.int64).reshape(len(times), 8)
+    group_of, model_of, images_of, steps_of, kind_of, lora_of, work_us, failing = (
+        np.ascontiguousarray(table[:, column]) for column in range(8)
+    )
+    return Columns(
+        at=np.array(times, dtype=np.int64),
+        group=group_of,
+        model=model_of,
+        images=images_of,
+        steps=steps_of,
+        kind=kind_of,
+        lora=lora_of,
+        work_us=work_us,
+        fails=failing > 0,
+        kinds=tuple(name for name, _ in _KINDS),
+        separate_loras=config.separate_lora_loads,
+        demand=DEMAND,
+    )
 
 
 def _pick(table: tuple[tuple[_T, float], ...], uniform: float) -> _T:
@@ -186,31 +196,3 @@ def _pick(table: tuple[tuple[_T, float], ...], uniform: float) -> _T:
             return value
         uniform -= share
     return table[0][0]
-
-
-def _generation(number: int, group: int, model: int, features: dict[str, str | int | float]) -> TaskSpec:
-    return TaskSpec(
-        req_no=f"synthetic-{number:07d}",
-        tenant="tenant-0",
-        group=f"G{group:04d}",
-        task_type=TaskType.GC,
-        method="text_to_image",
-        model=f"M{model:04d}",
-        demand=DEMAND,
-        affinity=Affinity.PREFERRED,
-        features=tuple(sorted(features.items())),
-    )
-
-
-def _training(number: int, group: int, model: int) -> TaskSpec:
-    return TaskSpec(
-        req_no=f"synthetic-{number:07d}",
-        tenant="tenant-0",
-        group=f"G{group:04d}",
-        task_type=TaskType.TP,
-        method="dreambooth",
-        model=f"M{model:04d}",
-        demand=DEMAND,
-        affinity=Affinity.PREFERRED,
-        features=(("images", 4), ("steps", 400), ("user", f"G{group:04d}")),
-    )

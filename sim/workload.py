@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
+from engine.resources import Demand
 from engine.tasks import URGENT_PRIORITY, FailureCause, Micros, TaskSpec
 from sim.draws import choice, lognormal, unit
 
@@ -44,16 +46,49 @@ class Arrival:
     truth: Truth = field(default_factory=Truth)
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """Arrivals that are kept as columns: they know how to change themselves without being made into tasks."""
+
+    @property
+    def demand(self) -> Demand:
+        """What every task asks for."""
+        ...
+
+    def digest(self) -> str:
+        """Return a fingerprint of every row."""
+        ...
+
+    def limited(self, count: int) -> Sequence[Arrival]:
+        """Return the first rows."""
+        ...
+
+    def scaled(self, rate: float) -> Sequence[Arrival]:
+        """Return the rows `rate` times as fast."""
+        ...
+
+    def demanding(self, demand: Demand, slots: int) -> Sequence[Arrival]:
+        """Have every task ask for this."""
+        ...
+
+    def declared(self, sigma: float, seed: int) -> Sequence[Arrival]:
+        """Let callers declare run times."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Arrivals in time order, and how they were come by."""
 
     name: str
-    arrivals: tuple[Arrival, ...]
+    arrivals: Sequence[Arrival]
+    """A tuple, or `sim.columns.Columns` for workloads that would not fit into memory as tasks."""
     notes: tuple[tuple[str, int | float | str], ...] = ()
     """What the reader kept, skipped and assumed, for the report."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.arrivals, tuple):
+            return
         last = 0
         seen: set[str] = set()
         for number, arrival in enumerate(self.arrivals):
@@ -76,6 +111,9 @@ class Workload:
 
     def digest(self) -> str:
         """Return a short fingerprint of everything the simulation depends on."""
+        rows = self.arrivals
+        if isinstance(rows, Rows):
+            return rows.digest()
         fold = hashlib.blake2b(digest_size=8)
         for arrival in self.arrivals:
             fold.update(repr(arrival).encode())
@@ -87,7 +125,8 @@ class Workload:
             return self
         if count < 1:
             raise WorkloadError(f"limit: must be at least 1, got {count}; leave it out to take every task")
-        return replace(self, arrivals=self.arrivals[:count])
+        rows = self.arrivals
+        return replace(self, arrivals=rows.limited(count) if isinstance(rows, Rows) else rows[:count])
 
     def scaled(self, rate: float) -> Workload:
         """Return the same arrivals `rate` times as fast.
@@ -99,7 +138,11 @@ class Workload:
             raise WorkloadError(f"rate_scale: must be greater than 0, got {rate}")
         if rate == 1:
             return self
-        arrivals = tuple(replace(arrival, at=round(arrival.at / rate)) for arrival in self.arrivals)
+        rows = self.arrivals
+        if isinstance(rows, Rows):
+            arrivals: Sequence[Arrival] = rows.scaled(rate)
+        else:
+            arrivals = tuple(replace(arrival, at=round(arrival.at / rate)) for arrival in rows)
         return replace(self, arrivals=arrivals, notes=(*self.notes, ("rate_scale", rate)))
 
 
@@ -124,9 +167,14 @@ def ranked(arrivals: Iterable[Arrival], *, tenants: int, urgent_share: float, se
 
 def demanding(workload: Workload, *, gpu_share: int, gpu_memory_gib: float, slots: int) -> Workload:
     """Have every task ask for this share of one GPU and this much of its memory, and Pods run `slots` tasks at once."""
+    memory_bytes = round(gpu_memory_gib * (1 << 30))
+    rows = workload.arrivals
+    if isinstance(rows, Rows):
+        demand = replace(rows.demand, gpu_share=gpu_share, gpu_memory_bytes=memory_bytes)
+        return replace(workload, arrivals=rows.demanding(demand, slots))
     arrivals = []
-    for arrival in workload.arrivals:
-        demand = replace(arrival.task.demand, gpu_share=gpu_share, gpu_memory_bytes=round(gpu_memory_gib * (1 << 30)))
+    for arrival in rows:
+        demand = replace(arrival.task.demand, gpu_share=gpu_share, gpu_memory_bytes=memory_bytes)
         arrivals.append(replace(arrival, task=replace(arrival.task, demand=demand, slots=slots)))
     return replace(workload, arrivals=tuple(arrivals))
 
@@ -136,15 +184,19 @@ def declared(workload: Workload, sigma: float, seed: int) -> Workload:
 
     No trace here has declarations; `sigma` is how well people are believed to guess (0: perfectly, up to the rounding).
     """
+    notes = (*workload.notes, ("declared_sigma", sigma))
+    rows = workload.arrivals
+    if isinstance(rows, Rows):
+        return replace(workload, arrivals=rows.declared(sigma, seed), notes=notes)
     step = 5_000_000
     arrivals = []
-    for arrival in workload.arrivals:
+    for arrival in rows:
         task, work = arrival.task, arrival.truth.work_us
         if task.declared_us is None and work is not None:
             guess = work * lognormal(sigma, seed, "declared", task.req_no)
             arrival = replace(arrival, task=replace(task, declared_us=-(-round(guess) // step) * step))
         arrivals.append(arrival)
-    return replace(workload, arrivals=tuple(arrivals), notes=(*workload.notes, ("declared_sigma", sigma)))
+    return replace(workload, arrivals=tuple(arrivals), notes=notes)
 
 
 def with_models(workload: Workload, scale: float) -> Workload:
