@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.whatif_request import WhatIfRequest
+
 
 class JobView(BaseModel):
     """A job as its owner sees it."""
@@ -135,6 +137,10 @@ class SupportPort(Protocol):
 
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths by tenant, priority and reason; engine and MQ counters (operators)."""
+        ...
+
+    async def whatif(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        """Simulate two futures of the journal and return their difference by tenant (operators); see `sim.whatif.WhatIf`."""
         ...
 
     async def health(self) -> Mapping[str, Any]:

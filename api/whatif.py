@@ -15,11 +15,10 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from api.sm.journal import JournalBroken, JournalCorrupt, read_journal
+from api.whatif_request import WhatIfRequest
 from engine import profiles
 from engine.profile import Profile
 from engine.tasks import SECOND
@@ -29,8 +28,6 @@ from sim.whatif import WhatIf, compare_futures
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 8 << 30
 _NICE = 10
-PoolText = Annotated[str, Field(max_length=120, description="`2xa100`, or `2xa100:8` with 8 GPUs on each node.")]
-
 Progress = Callable[[float, str], None]
 
 
@@ -40,27 +37,6 @@ class WhatIfRefused(ValueError):
 
 class WhatIfTooLong(RuntimeError):
     """The answer took longer, or more memory, than is allowed."""
-
-
-class WhatIfRequest(BaseModel):
-    """What to change. Everything left out stays as it is."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    add_nodes: list[PoolText] = Field(default_factory=list, max_length=20, description="Nodes that join.")
-    remove_nodes: list[PoolText] = Field(default_factory=list, max_length=20, description="Nodes that are drained.")
-    profile: str = Field(
-        default="", max_length=64, pattern=r"^[a-z0-9-]*$", description="Name of another scheduling profile."
-    )
-    load: float = Field(default=1.0, gt=0, le=1000, description="Arrivals come so many times as fast.")
-    window_hours: float | None = Field(
-        default=None, ge=0, le=8784, description="So much of the past arrives once more; absent: all, at most 24."
-    )
-    hours: float | None = Field(
-        default=None, ge=0, le=8784, description="It arrives for so long; absent: as the window."
-    )
-    back_s: float = Field(default=0.0, ge=0, description="Begin so many seconds before the journal's end.")
-    seeds: int = Field(default=5, ge=2, le=100, description="Pairs of simulations; more give narrower intervals.")
 
 
 def answer(

@@ -44,7 +44,8 @@ def whatif(
     from pydantic import ValidationError
 
     from api.state_dir import StateDir
-    from api.whatif import WhatIfRefused, WhatIfRequest, answer
+    from api.whatif import WhatIfRefused, answer
+    from api.whatif_request import WhatIfRequest
     from engine import profiles
     from sim import whatif as science
 

@@ -23,6 +23,7 @@ from api.monitoring.logs import LogRing, configure_logging
 from api.mq.messages import decode
 from api.mq.port import Outgoing
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
+from api.whatif_request import WhatIfRequest
 from executors.dfs import open_store
 from executors.ports import FileStore
 
@@ -257,6 +258,10 @@ class SupportFake:
         """Return lengths."""
         pending = sum(view.state == "pending" for view in self.known.values())
         return {"pending": pending, "mq": {"requests": len(self.held)}}
+
+    async def whatif(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        """Answer with what was asked."""
+        return {"change": request.model_dump(exclude_defaults=True), "lines": []}
 
     async def health(self) -> Mapping[str, Any]:
         """Return health."""

@@ -16,6 +16,7 @@ from api.gateway.fields import Number
 from api.gateway.problems import Refused, declared
 from api.monitoring.logs import LEVELS, LogLine
 from api.monitoring.metrics import CONTENT_TYPE
+from api.whatif_request import WhatIfRequest
 
 log = structlog.get_logger("gateway")
 router = APIRouter(prefix="/v1", tags=["operators"])
@@ -124,6 +125,17 @@ async def uncordon(
 async def queue(_: OperatorCaller, parts: GatewayParts) -> dict[str, Any]:
     """Return queue lengths by tenant, priority and reason, and the counters of engine and queue."""
     return dict(await parts.support.queue())
+
+
+@router.post("/whatif", response_model=dict[str, Any], responses=declared(409), summary="Ask what if")
+async def whatif(body: WhatIfRequest, known: OperatorCaller, parts: GatewayParts) -> dict[str, Any]:
+    """Fork the live journal, change nodes, policy or load, and return the difference by tenant with 95% intervals.
+
+    The platform goes on undisturbed: a process of its own simulates, one question at a time (409 meanwhile), for at most two
+    minutes (504 beyond).
+    """
+    log.info("whatif_asked", by=known.key_id, **body.model_dump(exclude_defaults=True))
+    return dict(await parts.support.whatif(body))
 
 
 @router.get("/alerts", response_model=Listed, responses=declared(), summary="List alerts")

@@ -26,6 +26,7 @@ from api.monitoring.fold import MetricsFold
 from api.monitoring.metrics import Metrics
 from api.mq.port import Queue
 from api.mq.sqlite import SqliteQueue
+from api.ports import SupportRefused
 from api.settings import Settings
 from api.sm.journal import JournalBroken, SqliteJournal
 from api.sm.loop import LiveWorld, SchedulerLoop, outstanding_of
@@ -36,6 +37,7 @@ from api.support.intake import MethodDefaults
 from api.support.jobs import Model
 from api.support.service import SupportService
 from api.support.store import Store
+from api.whatif_request import WhatIfRequest
 from engine import profiles
 from engine.events import TenantConfigured
 from engine.journal import Record
@@ -146,7 +148,9 @@ class Scheduler:
             snapshot_every=config.snapshot_every,
             failed=self._fail,
         )
-        self.support = SupportService(self.core, self.loop, heard=self._heard, figures=self._figures)
+        self.support = SupportService(
+            self.core, self.loop, heard=self._heard, figures=self._figures, foresee=self._foresee
+        )
         _log.info(
             "recovered",
             epoch=self.journal.epoch,
@@ -192,6 +196,17 @@ class Scheduler:
         """Return the loop's figures for `SupportPort.queue`."""
         steps = {"steps": self.journal.seq, "epoch": self.journal.epoch, "live_jobs": len(self.core.fold.live)}
         return {"scheduler": steps, "predictions": self.figures.summary()}
+
+    async def _foresee(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        """Have a worker simulate two futures of the journal."""
+        from api.whatif import WhatIfRefused, WhatIfTooLong, ask_worker
+
+        try:
+            return await ask_worker(self.config.state.journal, request, self.config.profile)
+        except WhatIfRefused as error:
+            raise SupportRefused(422, "invalid_whatif", str(error)) from error
+        except WhatIfTooLong as error:
+            raise SupportRefused(504, "whatif_too_long", str(error)) from error
 
     def _fail(self, error: BaseException) -> None:
         self.error = self.error or error

@@ -11,10 +11,13 @@ from urllib.parse import quote
 import httpx
 
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
+from api.whatif_request import WhatIfRequest
 
 CALL_TIMEOUT_S = 10.0
 CERTAIN_TIMEOUT_S = 130.0
 """Longer than SS itself waits for certainty, so that its answer arrives."""
+WHATIF_TIMEOUT_S = 150.0
+"""Longer than SS lets its worker compute."""
 STREAM_SILENCE_S = 30.0
 """SS writes at least a comment every ten seconds."""
 
@@ -168,6 +171,13 @@ class SupportClient:
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths and counters."""
         answer: Mapping[str, Any] = await self._call("GET", "/internal/queue")
+        return answer
+
+    async def whatif(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        """Simulate two futures."""
+        answer: Mapping[str, Any] = await self._call(
+            "POST", "/internal/whatif", body=request.model_dump(mode="json"), timeout_s=WHATIF_TIMEOUT_S
+        )
         return answer
 
     async def health(self) -> Mapping[str, Any]:

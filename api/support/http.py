@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from api.ports import JobEvent, SupportPort, SupportRefused
+from api.whatif_request import WhatIfRequest
 
 _log = structlog.get_logger("ss")
 KEEPALIVE_S = 10.0
@@ -173,6 +174,10 @@ def _operator_routes(app: FastAPI, support: SupportPort) -> None:
     @app.get("/internal/queue")
     async def queue() -> Any:
         return JSONResponse(dict(await support.queue()))
+
+    @app.post("/internal/whatif")
+    async def whatif(request: WhatIfRequest) -> Any:
+        return JSONResponse(dict(await support.whatif(request)))
 
     @app.get("/internal/health")
     async def health() -> Any:

@@ -6,7 +6,7 @@ Every answer shows durable facts only. What changes the engine is posted as an e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from api.mq.messages import MessageRefused, decode, request_id
@@ -17,6 +17,7 @@ from api.support.compensate import compensate
 from api.support.core import SupportCore
 from api.support.intake import MAX_DEPLOYED_PODS
 from api.support.jobs import TERMINAL, Job, Model, view_of
+from api.whatif_request import WhatIfRequest
 from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
@@ -53,11 +54,13 @@ class SupportService:
         *,
         heard: Callable[[], Mapping[str, float]] = dict,
         figures: Callable[[], Mapping[str, Any]] = dict,
+        foresee: Callable[[WhatIfRequest], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> None:
-        """`heard` says when each node was heard last; `figures` are added to `queue`."""
+        """`heard` says when each node was heard last; `figures` are added to `queue`; `foresee` answers what-ifs."""
         self._core = core
         self._loop = loop
         self._heard, self._figures = heard, figures
+        self._foresee, self._foreseeing = foresee, False
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -284,6 +287,18 @@ class SupportService:
         engine = await self._loop.ask(lambda engine: views.engine_view(engine.state))
         counts = await asyncio.to_thread(self._core.queue.counts)
         return {"engine": engine, "mq": counts, "support": dict(self._core.counters), **self._figures()}
+
+    async def whatif(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        """Simulate two futures in a process of its own, one question at a time."""
+        if self._foresee is None:
+            raise SupportRefused(501, "no_whatif", "this SS has no journal to fork")
+        if self._foreseeing:
+            raise SupportRefused(409, "whatif_running", "another what-if is being computed; ask again when it is done")
+        self._foreseeing = True
+        try:
+            return await self._foresee(request)
+        finally:
+            self._foreseeing = False
 
     async def health(self) -> Mapping[str, Any]:
         """Return whether SS and the scheduler are ready, part by part."""

@@ -19,6 +19,7 @@ OPERATORS = {
     ("POST", "/v1/nodes/{node}/drain"),
     ("POST", "/v1/nodes/{node}/uncordon"),
     ("GET", "/v1/queue"),
+    ("POST", "/v1/whatif"),
     ("GET", "/v1/alerts"),
     ("GET", "/v1/keys"),
     ("POST", "/v1/keys"),

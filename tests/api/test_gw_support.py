@@ -196,3 +196,27 @@ def test_metrics_and_readiness_show_every_module(platform: Platform) -> None:
     ):
         assert name in text
     assert "engine" in platform.get("/v1/queue", platform.ops)
+
+
+def test_operators_ask_what_if_of_the_live_journal_and_nobody_else_may(platform: Platform) -> None:
+    for _ in range(3):
+        req_no = platform.submit()
+        platform.until(f"/v1/jobs/{req_no}", lambda found: found["state"] == "finished")
+    model = platform.get("/v1/nodes", platform.ops)["data"][0]["gpus"][0]["model"]
+    question = {"add_nodes": [f"2x{model}"], "load": 2.0, "seeds": 2}
+    answer = platform.client.post("/v1/whatif", json=question, headers=platform.ops)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["change"] == {"add_nodes": [f"2x{model}"], "load": 2.0}
+    assert {line["tenant"] for line in found["lines"]} >= {"(all)", "ana"}
+    finished = next(line for line in found["lines"] if line["measure"] == "finished")
+    assert finished["changed"] > finished["unchanged"] > 0
+    assert platform.client.post("/v1/whatif", json=question, headers=platform.ana).status_code == 403
+    for wrong, named in (
+        ({"add_nodes": ["many"]}, "add_nodes"),
+        ({"profile": "no-such"}, "no-such"),
+        ({"load": 0}, "load"),
+    ):
+        refused = platform.client.post("/v1/whatif", json=wrong, headers=platform.ops)
+        assert (refused.status_code, named in refused.text) == (422, True), refused.text
+    assert platform.submit(), "the platform goes on"

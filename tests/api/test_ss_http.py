@@ -16,6 +16,7 @@ import uvicorn
 from api.ports import JobEvent, JobView, ModelView, SupportRefused
 from api.support.client import SupportClient, wait_until_ready
 from api.support.http import create_support_app
+from api.whatif_request import WhatIfRequest
 
 TOKEN = "t" * 64
 
@@ -102,6 +103,10 @@ class Scripted:
     async def queue(self) -> Mapping[str, Any]:
         return {"mq": {}}
 
+    async def whatif(self, request: WhatIfRequest) -> Mapping[str, Any]:
+        self.asked.append(("whatif", request))
+        return {"lines": []}
+
     async def health(self) -> Mapping[str, Any]:
         return {"ready": True, "modules": {}}
 
@@ -142,12 +147,14 @@ def test_every_call_arrives_and_its_answer_comes_back(scripted: Scripted) -> Non
         await client.drain("n1", "gpu-0")
         await client.uncordon("n1")
         assert await client.queue() == {"mq": {}}
+        assert await client.whatif(WhatIfRequest(add_nodes=["1xa100"], load=1.5)) == {"lines": []}
         assert (await client.health())["ready"]
 
     run(scripted, use)
     assert ("jobs", "acme", 2, "9", "running", "a b") in scripted.asked
     assert ("drain", "n1", "gpu-0") in scripted.asked
     assert ("uncordon", "n1", None) in scripted.asked
+    assert ("whatif", WhatIfRequest(add_nodes=["1xa100"], load=1.5)) in scripted.asked
 
 
 @pytest.mark.parametrize(
