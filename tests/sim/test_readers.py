@@ -297,6 +297,16 @@ def test_a_simulation_takes_any_format_and_a_gang_runs_to_its_end(tmp_path):
     assert dict(result.workload_notes)["format"] == "swf"
 
 
+def test_gpu_types_hold_where_the_cluster_has_them_and_are_dropped_where_it_has_none(tmp_path):
+    path = tmp_path / "tasks.csv"
+    path.write_text("submitted_s,seconds,gpu_models\n0,1,t4|v100\n1,1,p100\n2,1,\n")
+    mixed = SimulationConfig(trace=path, pools=(("v100", 8), ("a100", 8))).workload()
+    assert [each.task.demand.gpu_models for each in mixed.arrivals] == [("v100",), (), ()]
+    assert dict(mixed.notes)["GPU types missing, so any will do"] == 1
+    single = SimulationConfig(trace=path, gpu_model="t4").workload()
+    assert [each.task.demand.gpu_models for each in single.arrivals] == [("t4",), (), ()]
+
+
 def test_a_named_format_wins_over_what_the_file_looks_like(tmp_path):
     path = written(tmp_path, "log.swf", SWF)
     with pytest.raises(WorkloadError, match="column 'job_id' is missing"):
