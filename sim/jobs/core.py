@@ -202,9 +202,9 @@ class JobCore:
                 self._fill_all(now)
 
     def _decide_as_accasim(self, now: int) -> None:
-        if self._fresh:
-            self._admit(now, self._fresh)
-        line, job_at = self._line, self.job_at
+        fresh = self._admit(now, self._fresh) if self._fresh else self._fresh
+        line, job_at, promised = self._line, self.job_at, self._reserved_for
+        freed, self._freed = self._freed, False
         if self._reserved_for != NONE and self._shadow <= now and self._place(job_at[self._reserved_for], now):
             self._waiting -= 1
             self._reserved_for = NONE
@@ -219,7 +219,11 @@ class JobCore:
                 self._reserve(head, self.gpus[job], now)
                 self._size_of[self.gpus[job]].go(head)
         if self._waiting > 1:
-            self._fill_all(now)
+            if freed or promised == NONE or self._reserved_for != promised:
+                self._fill_all(now)
+            else:
+                for rank in fresh:
+                    self._fill(rank, now)
 
     def _admit(self, now: int, fresh: list[int]) -> list[int]:
         """Let those that came at this instant start when nobody waits, and wait otherwise; return those that wait."""

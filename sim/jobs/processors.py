@@ -13,6 +13,9 @@ from sim.jobs.nodes import BEST_FIT, FIRST_FIT, WORST_FIT, Pieces
 Groups = list[tuple[int, int]]
 """(nodes as bits, GPUs on each)."""
 
+_FEW = 3
+"""Up to so many nodes' worth of GPUs are looked for one node at a time; more by halving."""
+
 
 class Processors:
     """Free GPUs by node, taken a few here and a few there."""
@@ -31,27 +34,20 @@ class Processors:
 
     def take(self, gpus: int) -> Groups:
         """Take so many GPUs; there are enough."""
-        if self.placement == FIRST_FIT:
-            groups = self._first(gpus)
-        elif self.placement == BEST_FIT:
-            groups = self._by_level(gpus, range(1, self.per_node + 1))
-        elif self.placement == WORST_FIT:
-            groups = self._by_level(gpus, range(self.per_node, 0, -1))
-        else:
-            groups = self._drawn(gpus)
-        levels = self.levels
-        for nodes, amount in groups:
-            left = nodes
-            for level in range(amount, self.per_node + 1):
-                here = levels[level] & left
-                if here:
-                    levels[level] ^= here
-                    levels[level - amount] |= here
-                    left ^= here
-                    if not left:
-                        break
         self.total_free -= gpus
-        return groups
+        if self.placement == FIRST_FIT:
+            return self._first(gpus)
+        if self.placement == BEST_FIT:
+            return self._by_level(gpus, range(1, self.per_node + 1))
+        if self.placement == WORST_FIT:
+            return self._by_level(gpus, range(self.per_node, 0, -1))
+        return self._drawn(gpus)
+
+    def _from(self, level: int, nodes: int, amount: int) -> tuple[int, int]:
+        """Take an amount of each of these nodes, all of which have `level` free."""
+        self.levels[level] ^= nodes
+        self.levels[level - amount] |= nodes
+        return nodes, amount
 
     def give(self, groups: Groups) -> None:
         """Give back what `take` returned."""
@@ -76,47 +72,66 @@ class Processors:
             if not nodes:
                 continue
             there = nodes.bit_count() * level
-            if there <= gpus:
-                groups.append((nodes, level))
-                gpus -= there
-            else:
+            if there > gpus:
                 whole, rest = divmod(gpus, level)
                 if whole:
                     first = _lowest(nodes, whole)
-                    groups.append((first, level))
                     nodes ^= first
+                    groups.append(self._from(level, first, level))
                 if rest:
-                    groups.append((nodes & -nodes, rest))
+                    groups.append(self._from(level, nodes & -nodes, rest))
                 return groups
+            groups.append(self._from(level, nodes, level))
+            gpus -= there
             if not gpus:
                 return groups
         return groups
 
     def _first(self, gpus: int) -> Groups:
         """Empty nodes from the lowest number on."""
-        levels = self.levels
-        if self.per_node == 1:
-            return [(_lowest(levels[1], gpus), 1)]
+        levels, per_node = self.levels, self.per_node
+        if per_node == 1:
+            return [self._from(1, _lowest(levels[1], gpus), 1)]
+        groups: Groups = []
+        if gpus > _FEW * per_node:
+            gpus -= self._below(self._reach(gpus), groups)
+        while gpus > 0:
+            bit = level = 0
+            for each in range(1, per_node + 1):
+                nodes = levels[each]
+                if nodes:
+                    first = nodes & -nodes
+                    if not bit or first < bit:
+                        bit, level = first, each
+            amount = level if level < gpus else gpus
+            groups.append(self._from(level, bit, amount))
+            gpus -= amount
+        return groups
+
+    def _reach(self, gpus: int) -> int:
+        """Return how many nodes from the lowest number on have fewer than so many GPUs free together, at most."""
         low, high = 0, self.count
         while low < high:
             middle = (low + high) // 2
             below = (1 << (middle + 1)) - 1
             there = 0
             for level in range(1, self.per_node + 1):
-                there += level * (levels[level] & below).bit_count()
+                there += level * (self.levels[level] & below).bit_count()
             if there < gpus:
                 low = middle + 1
             else:
                 high = middle
-        below = (1 << low) - 1
-        groups: Groups = []
+        return low
+
+    def _below(self, number: int, groups: Groups) -> int:
+        """Take all that is free on the nodes below a number; return how much that was."""
+        below, taken = (1 << number) - 1, 0
         for level in range(1, self.per_node + 1):
-            nodes = levels[level] & below
+            nodes = self.levels[level] & below
             if nodes:
-                groups.append((nodes, level))
-                gpus -= level * nodes.bit_count()
-        groups.append((1 << low, gpus))
-        return groups
+                groups.append(self._from(level, nodes, level))
+                taken += level * nodes.bit_count()
+        return taken
 
     def _drawn(self, gpus: int) -> Groups:
         """Empty nodes in a random order."""
@@ -126,7 +141,7 @@ class Processors:
         groups: Groups = []
         for node in order:
             amount = min(gpus, free[node])
-            groups.append((1 << node, amount))
+            groups.append(self._from(free[node], 1 << node, amount))
             gpus -= amount
             if not gpus:
                 break
