@@ -114,11 +114,18 @@ class _Table:
 
     def _flush(self) -> None:
         if self._columns[0]:
-            self._writer.write_table(
-                pa.table(dict(zip(self._schema.names, self._columns, strict=True)), schema=self._schema)
-            )
-            for column in self._columns:
-                column.clear()
+            try:
+                self._write()
+            except OSError as error:
+                raise TimelineError(
+                    f"timeline: cannot go on writing: {error}; free the disk or write elsewhere"
+                ) from None
+
+    def _write(self) -> None:
+        columns = dict(zip(self._schema.names, self._columns, strict=True))
+        self._writer.write_table(pa.table(columns, schema=self._schema))
+        for column in self._columns:
+            column.clear()
 
     def close(self) -> None:
         self._flush()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.resources import Demand
 from engine.tasks import SECOND
-from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, csv_records, gang
+from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, columns_of, csv_records, gang
 from sim.workload import Truth
 
 COLUMNS = ("job_id", "vc", "gpu_num", "submit_time", "duration")
@@ -22,7 +22,7 @@ STATES = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", 
 
 def matches(path: Path, head: str) -> bool:
     """Tell whether the header is this format's."""
-    return set(COLUMNS) <= set(head.partition("\n")[0].strip().split(","))
+    return set(COLUMNS) <= set(columns_of(head))
 
 
 def rows(path: Path, intake: Intake, options: ReaderOptions) -> Iterator[TraceRow]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.resources import WHOLE_GPU, Demand
 from engine.tasks import SECOND
-from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, csv_records
+from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, columns_of, csv_records
 from sim.workload import Truth, WorkloadError
 
 POD_COLUMNS = ("name", "cpu_milli", "memory_mib", "num_gpu", "gpu_milli")
@@ -21,7 +21,7 @@ _TIMES = ("creation_time", "deletion_time")
 
 def matches(path: Path, head: str) -> bool:
     """Tell whether the header is a pod list's."""
-    return set(POD_COLUMNS) <= set(head.partition("\n")[0].strip().split(","))
+    return set(POD_COLUMNS) <= set(columns_of(head))
 
 
 def rows(path: Path, intake: Intake, options: ReaderOptions) -> Iterator[TraceRow]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.resources import WHOLE_GPU, Demand
 from engine.tasks import SECOND, Micros
 from sim.hardware import GIB
-from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, csv_records
+from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, columns_of, csv_records, lines
 from sim.workload import Truth
 
 TASK_COLUMNS = (
@@ -38,18 +38,18 @@ _UNFINISHED = frozenset({"Running", "Waiting", "Ready"})
 
 def matches_tasks(path: Path, head: str) -> bool:
     """Tell whether the first line is the table's header, or a row of the published file, which has none."""
-    cells = head.partition("\n")[0].strip().split(",")
+    cells = columns_of(head)
     return cells[: len(TASK_COLUMNS)] == list(TASK_COLUMNS) or (len(cells) == len(TASK_COLUMNS) and cells[3] in STATES)
 
 
 def matches_jobs(path: Path, head: str) -> bool:
     """Tell whether the header is that of a job list."""
-    return set(JOB_COLUMNS) <= set(head.partition("\n")[0].strip().split(","))
+    return set(JOB_COLUMNS) <= set(columns_of(head))
 
 
 def task_rows(path: Path, intake: Intake, options: ReaderOptions) -> Iterator[TraceRow]:
     """Yield the task table's rows."""
-    with_header = _first_cell(path) == TASK_COLUMNS[0]
+    with_header = next((columns_of(text)[:1] == [TASK_COLUMNS[0]] for _, text in lines(path)), False)
     for fields in csv_records(path, intake, TASK_COLUMNS, None if with_header else TASK_COLUMNS):
         row = intake.attempt(partial(_task_row, fields, intake, options))
         if row is not None:
@@ -62,14 +62,6 @@ def job_rows(path: Path, intake: Intake, options: ReaderOptions) -> Iterator[Tra
         row = intake.attempt(partial(_job_row, fields, intake, options))
         if row is not None:
             yield row
-
-
-def _first_cell(path: Path) -> str:
-    from sim.readers.rows import lines
-
-    for _, text in lines(path):
-        return text.strip().partition(",")[0]
-    return ""
 
 
 def _task_row(fields: Fields, intake: Intake, options: ReaderOptions) -> TraceRow | None:

@@ -15,7 +15,17 @@ from typing import Any
 
 from engine.resources import Demand
 from engine.tasks import SECOND, Micros
-from sim.readers.rows import Fields, Intake, ReaderOptions, TraceRow, batch_task, csv_records, gang, open_text
+from sim.readers.rows import (
+    Fields,
+    Intake,
+    ReaderOptions,
+    TraceRow,
+    batch_task,
+    columns_of,
+    csv_records,
+    gang,
+    open_text,
+)
 from sim.workload import Truth, WorkloadError
 
 COLUMNS = ("vc", "gpu_num", "submit_time", "duration_s")
@@ -24,7 +34,7 @@ _KEYS = ("submitted_time", "attempts", "vc")
 
 def matches_csv(path: Path, head: str) -> bool:
     """Tell whether the header is the slice's."""
-    return set(COLUMNS) <= set(head.partition("\n")[0].strip().split(","))
+    return set(COLUMNS) <= set(columns_of(head))
 
 
 def matches_json(path: Path, head: str) -> bool:

@@ -88,6 +88,10 @@ def _head(path: Path) -> str:
         found += text
         if len(found) >= _HEAD and not _only_comments(found):
             break
+    if "\0" in found:
+        raise WorkloadError(
+            f"trace: {path} is no text but an archive or a binary file; unpack it and give one file of it"
+        )
     if not found.strip():
         raise WorkloadError(f"trace: {path} is empty; give a file with tasks")
     return found

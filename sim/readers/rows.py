@@ -258,14 +258,20 @@ def batch_task(
     )
 
 
+def columns_of(head: str) -> list[str]:
+    """Return the column names in the first line of a CSV, quoted or not."""
+    first = head.partition("\n")[0].rstrip("\r")
+    return next(csv.reader([first]), [])
+
+
 def open_text(path: Path) -> TextIO:
-    """Open a text file, packed with gzip or not; raises `WorkloadError`."""
+    """Open a text file, packed with gzip or not, with a byte order mark or without; raises `WorkloadError`."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         if packed:
-            return io.TextIOWrapper(gzip.open(path), encoding="utf-8", newline="")
-        return path.open(encoding="utf-8", newline="")
+            return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
+        return path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
         raise WorkloadError(f"trace: cannot read {path}: {error.strerror}; check the path") from None
 
@@ -276,7 +282,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         with open_text(path) as file:
             yield from enumerate(file, 1)
     except UnicodeDecodeError as error:
-        raise WorkloadError(f"trace: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise WorkloadError(
+            f"trace: {path} is not UTF-8 text ({error.reason} at byte {error.start}); unpack archives first"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise WorkloadError(f"trace: {path} cannot be unpacked ({error}); fetch it again") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,21 @@ def test_openb_pods_run_from_scheduling_to_deletion(tmp_path):
 )
 def test_formats_are_told_apart_by_their_beginning(tmp_path, name, text, expected):
     assert detect(written(tmp_path, name, text)).name == expected
+
+
+def test_quoted_headers_and_byte_order_marks_are_no_hindrance(tmp_path):
+    text = '\ufeff"vc","gpu_num","submit_time","duration_s"\r\n"a",1,2017-10-01 00:00:30,30\r\n'
+    (only,) = read(written(tmp_path, "slice.csv", text)).arrivals
+    assert only.task.tenant == "a"
+
+
+def test_archives_are_told_from_packed_files(tmp_path):
+    inside = written(tmp_path, "cluster_log.csv", HELIOS)
+    archive = tmp_path / "trace.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(inside, "cluster_log.csv")
+    with pytest.raises(WorkloadError, match="an archive or a binary file; unpack it"):
+        read(archive)
 
 
 def test_a_long_comment_before_the_first_job_is_no_hindrance(tmp_path):
