@@ -13,16 +13,18 @@ import os
 import pickle
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from api.sm.journal import JournalBroken, JournalCorrupt, read_journal
 from api.whatif_request import WhatIfRequest
 from engine import profiles
+from engine.events import TaskFinished
+from engine.journal import Record
 from engine.profile import Profile
 from engine.tasks import SECOND
-from sim.fork import Change, Fork, ForkError, Pool
+from sim.fork import Change, Fork, ForkError, ForkIdle, Pool
 from sim.whatif import WhatIf, compare_futures
 
 TIMEOUT_S = 120.0
@@ -74,8 +76,19 @@ def answer(
             seeds=request.seeds,
             on_progress=on_progress,
         )
+    except ForkIdle as error:
+        raise WhatIfRefused(f"{error}; {_when_it_worked(records)}") from error
     except (ForkError, profiles.InvalidProfile, JournalCorrupt, JournalBroken) as error:
         raise WhatIfRefused(str(error)) from error
+
+
+def _when_it_worked(records: Sequence[Record]) -> str:
+    """Say how far back a moment lies at which tasks still finished."""
+    for record in reversed(records):
+        if any(isinstance(event, TaskFinished) for event in record.events):
+            back_s = (records[-1].now - record.now) // SECOND + 1
+            return f"the last task finished {back_s} s before the journal's end: begin {back_s} s back (back_s, --back)"
+    return "no task ever finished in this journal"
 
 
 async def ask_worker(

@@ -48,6 +48,10 @@ class ForkError(ValueError):
     """A future cannot be simulated as asked; the message names the field and the remedy."""
 
 
+class ForkIdle(ForkError):
+    """No node takes work in a future."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """So many nodes with GPUs of one model."""
@@ -195,9 +199,8 @@ def changed_nodes(state: State, change: Change) -> tuple[tuple[NodeSpec, ...], t
         there.sort(key=lambda node: (sum(len(pod.tasks) for pod in node.pods.values()), node.name))
         leaving += [node.name for node in there[: pool.nodes]]
     if not joining and all(node.name in leaving or node.draining for node in up):
-        raise ForkError(
-            "no node takes work at this moment of the journal; fork earlier (a platform that was stopped has lost its nodes), "
-            "or add nodes"
+        raise ForkIdle(
+            "no node takes work at this moment of the journal, as when a platform was stopped; fork earlier, or add nodes"
         )
     return tuple(joining), tuple(leaving)
 

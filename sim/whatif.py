@@ -296,14 +296,20 @@ def render(answer: WhatIf) -> Table:
         table.add_row(
             line.tenant if line.tenant != last else "",
             line.measure,
-            f"{line.unchanged:.2f}",
-            f"{line.changed:.2f}",
-            f"{gap:+.2f}",
-            f"{gap - line.half_width:+.2f} .. {gap + line.half_width:+.2f}",
-            "clear" if line.clear else "may be luck",
+            _shown(line.unchanged, line.unchanged),
+            _shown(line.changed, line.unchanged),
+            _shown(gap, line.unchanged, "+"),
+            f"{_shown(gap - line.half_width, line.unchanged, '+')} .. {_shown(gap + line.half_width, line.unchanged, '+')}",
+            "clear" if line.clear else "may be luck" if gap or line.half_width else "the same",
         )
         last = line.tenant
     return table
+
+
+def _shown(value: float, scale: float, sign: str = "") -> str:
+    """Return a number with the decimals that its measure deserves."""
+    digits = 1 if abs(scale) >= 100 else 2 if abs(scale) >= 1 else 4
+    return f"{value:{sign}.{digits}f}"
 
 
 def describe(answer: WhatIf) -> str:

@@ -155,6 +155,7 @@ def read_journal(path: Path | str, *, from_start: bool = False) -> tuple[bytes |
         raise FileNotFoundError(f"journal {path} does not exist; give the path of a scheduler's journal file")
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
     try:
+        db.execute("BEGIN")  # one view of the file: a scheduler may be writing to it
         return _load(db, path, from_start=from_start)
     finally:
         db.close()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
+import sqlite3
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ from typer.testing import CliRunner
 
 from api.cli.main import app
 from api.ports import SupportRefused
-from api.sm.journal import SqliteJournal
+from api.sm.journal import SqliteJournal, read_journal
 from api.support.service import SupportService
 from api.whatif import WhatIfRefused, WhatIfTooLong, answer, ask_worker
 from api.whatif_request import WhatIfRequest
 from engine import profiles
+from engine.events import TenantConfigured
 from engine.journal import MemoryJournal
 from sim.simulate import SimulationConfig, simulate
 from sim.whatif import ALL
@@ -54,6 +59,8 @@ def test_the_worker_answers_as_the_function_does_and_leaves_the_journal_as_it_wa
 def test_the_worker_hands_refusals_on_and_is_stopped_when_it_takes_too_long(journal: Path) -> None:
     with pytest.raises(WhatIfRefused, match="remove_nodes: there are 1"):
         asyncio.run(ask_worker(journal, WhatIfRequest(remove_nodes=["5xa100"]), AIGC))
+    with pytest.raises(WhatIfRefused, match=r"no node takes work.*begin [0-9]+ s back"):
+        asyncio.run(ask_worker(journal, WhatIfRequest(remove_nodes=["1xa100"]), AIGC))
     with pytest.raises(WhatIfRefused, match="does not exist"):
         asyncio.run(ask_worker(journal.with_name("absent.db"), WhatIfRequest(), AIGC))
     with pytest.raises(WhatIfTooLong, match="fewer seeds"):
@@ -67,6 +74,36 @@ def test_a_fork_further_back_sees_the_queue_of_that_time(journal: Path) -> None:
     assert early.waiting > now.waiting, "everything arrives early, and the queue shrinks"
     with pytest.raises(WhatIfRefused, match="knows no node"):
         answer(journal, WhatIfRequest(hours=0, seeds=2, back_s=1e6), AIGC)
+
+
+def test_a_journal_is_read_as_it_was_at_one_moment_while_the_scheduler_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SqliteJournal(tmp_path / "journal.db")
+    writer(1, [TenantConfigured("a")], [])
+
+    class Racing(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql.startswith("SELECT seq, epoch, crc, body FROM event"):
+                writer(2, [TenantConfigured("b")], [])
+            return super().execute(sql, *parameters)
+
+    monkeypatch.setattr("api.sm.journal.sqlite3.connect", partial(sqlite3.connect, factory=Racing))
+    _, records = read_journal(tmp_path / "journal.db")
+    assert [record.seq for record in records] == [1]
+    writer.close()
+
+
+def test_the_example_of_the_documentation_runs(
+    journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "whatif.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    (journal.parent / "aigc-state").mkdir()
+    shutil.copy(journal, journal.parent / "aigc-state" / "journal.db")
+    monkeypatch.chdir(journal.parent)
+    exec(compile(code.replace("seeds=10", "seeds=2"), "whatif.md", "exec"), {})
+    assert "2xa100" in capsys.readouterr().out
 
 
 def test_ss_computes_one_what_if_at_a_time_and_says_so() -> None:
