@@ -7,7 +7,9 @@ which run it was.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -127,6 +129,7 @@ def _died(worker: _Worker) -> str:
 def _serve(pipe: Connection, run: Run) -> None:
     """Run what comes through the pipe until it closes. An interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     workloads: dict[str, Workload] = {}
     while True:
         try:
@@ -143,3 +146,11 @@ def _serve(pipe: Connection, run: Run) -> None:
             pipe.send(answer)
         except BrokenPipeError:
             return
+
+
+def _end_with_parent() -> None:
+    """End this process, whatever it is at, when the one that started it is gone: nobody would take the result."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ AXES = {"seed": [0, 1], "profile": ["fifo", "aigc"]}
 
 
 def _die_at_first(config, workloads):
-    """Kill this process in the first try of seed 1; the family name of the model store is abused as the path of a mark."""
+    """Kill this process in the first try of seed 1; the profile is the folder of the mark that it was tried."""
     mark = Path(config.profile) / f"tried-{config.seed}"
     if config.seed == 1 and not mark.exists():
         mark.touch()
@@ -30,6 +32,12 @@ def _die_at_first(config, workloads):
 
 def _die(config, workloads):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang(config, workloads):
+    """Say which process this is, then never come to an end."""
+    Path(config.profile).write_text(str(os.getpid()))
+    signal.pause()
 
 
 def _refuse(config, workloads):
@@ -180,3 +188,29 @@ def test_progress_counts_runs_and_never_falls():
 def test_no_job_at_all_is_refused():
     with pytest.raises(ConfigError, match="jobs"):
         run_sweep([CONFIG], jobs=0)
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    mark = tmp_path / "pid"
+    order = [("k", replace(CONFIG, profile=str(mark)))]
+    parent = multiprocessing.get_context("spawn").Process(target=work_through, args=(order, _hang, 1, {}.__setitem__))
+    parent.start()
+    _until(lambda: mark.exists() and mark.read_text())
+    worker = int(mark.read_text())
+    parent.kill()
+    parent.join()
+    _until(lambda: not _alive(worker))
+
+
+def _until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
