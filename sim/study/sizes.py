@@ -45,6 +45,8 @@ class _Search:
     def next_size(self) -> int | None:
         if self.high is None:
             return None if self.low >= self.widest else min(self.widest, max(self.low + 1, self.low * 5 // 4))
+        if self.low == 0:
+            return self.high * 3 // 4 or None
         return None if self.high - self.low <= 1 else (self.low + self.high) // 2
 
     def learn(self, gpus: int, enough: bool) -> None:
