@@ -64,7 +64,19 @@ def place_in_order(turn: Turn, waiting: Waiting) -> None:
 class _Round:
     """One pass through all that waits."""
 
-    __slots__ = ("_heap", "_mode", "_order", "_passed", "_plan", "_quotas", "_refused", "_turn", "_waiting")
+    __slots__ = (
+        "_heap",
+        "_idle_goes",
+        "_mode",
+        "_open",
+        "_passed",
+        "_plan",
+        "_quotas",
+        "_refused",
+        "_sees_all",
+        "_turn",
+        "_waiting",
+    )
 
     def __init__(self, turn: Turn, waiting: Waiting) -> None:
         self._turn = turn
@@ -76,6 +88,10 @@ class _Round:
         """Bucket -> the last of its tasks that was passed over."""
         self._refused: dict[tuple[object, ...], Micros] = {}
         """Bucket -> the shortest run time for which its room was refused for the sake of a reservation."""
+        self._open: dict[tuple[object, ...], None] = {}
+        """Buckets for which something may be free; without any nobody can start, whatever is reserved."""
+        self._idle_goes = turn.profile.reclaim_idle
+        self._sees_all = self._mode == "none" or turn.profile.ordering.preemptive or turn.profile.quotas is not None
         if waiting.accounts is not None:
             waiting.accounts.begin()
         waiting.rank_anew(turn.now)
@@ -92,16 +108,18 @@ class _Round:
         turn, heap = self._turn, self._heap
         for bucket in self._candidates():
             self._push(bucket)
+        if self._mode == "skip" and not self._sees_all:
+            heap[:] = [each for each in heap if each.bucket.key in self._open]
         heapify(heap)
         placed = False
-        while heap:
+        while heap and (self._open or self._sees_all):
             if len(turn.commands) >= turn.limits.commands_per_step:
                 turn.more = True
                 return placed
             standing, bucket, entry = heap[0]
             current = bucket.after(self._passed.get(bucket.key, FIRST))
             if current is None:
-                heappop(heap)
+                self._pop()
                 continue
             now_at = self._standing(current)
             if now_at != standing:
@@ -109,7 +127,7 @@ class _Round:
                 continue
             task = entry[3]
             if self._may_not_start(task):
-                heappop(heap)  # nor may the others in this bucket: they are the same tenant's and ask for the same
+                self._pop()  # nor may the others in this bucket: they are the same tenant's and ask for the same
             elif self._start(bucket, task):
                 placed = True
             elif not self._goes_on(bucket, entry):
@@ -128,6 +146,21 @@ class _Round:
     def _push(self, bucket: Bucket) -> None:
         entry = bucket.entries[0]
         self._heap.append(_Next(self._standing(entry), bucket, entry))
+        if self._may_be_free(bucket):
+            self._open[bucket.key] = None
+
+    def _pop(self) -> None:
+        """Leave a bucket be for this round."""
+        self._open.pop(heappop(self._heap).bucket.key, None)
+
+    def _may_be_free(self, bucket: Bucket) -> bool:
+        """Tell whether there may be a slot or room for the tasks of a bucket."""
+        warm, room = bucket.warm, bucket.room
+        if (warm is not None and warm.kind.offers(warm.need)) or (self._turn.backlog.idle and self._idle_goes):
+            return True
+        if room.node >= 0 or (room.members > 1 and self._turn.profile.warm_reuse):
+            return True
+        return room.fit.best() is not None
 
     def _standing(self, entry: Entry) -> Standing:
         """Return where a task stands now; inside a step that only grows, as others of its tenant or queue are placed."""
@@ -268,10 +301,12 @@ class _Round:
                 plan.forget(task)
         if self._mode == "none":
             return False
+        if not refused:
+            self._open.pop(bucket.key, None)
         if self._mode == "conservative" and plan.made < most:
             return True
         if not refused and not (preemptive and len(waiting.blocked) < MOST_BLOCKED) and bucket is self._heap[0].bucket:
-            heappop(self._heap)  # the others in this bucket ask for the same, and there is none
+            self._pop()  # the others in this bucket ask for the same, and there is none
         return True
 
     def _anything_goes(self) -> bool:

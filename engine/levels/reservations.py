@@ -14,7 +14,8 @@ from heapq import heapify, heappop, heappush
 from engine.entities import Node, Pod, Task
 from engine.fit import Fit, places_on
 from engine.kinds import RoomLine, Shape
-from engine.resources import Demand, GpuGrant
+from engine.levels.timeline import Need, Timeline, held_by, is_uniform, need_of
+from engine.resources import WHOLE_GPU, Demand, GpuGrant
 from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
 from engine.turn import Turn
 
@@ -36,11 +37,15 @@ class Reservation:
 class Plan:
     """The reservations of one step."""
 
-    __slots__ = ("_ends", "_idle_goes", "_turn", "made", "rows")
+    __slots__ = ("_ends", "_idle_goes", "_lines", "_soonest", "_turn", "made", "rows")
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self._ends: dict[int, list[Release]] = {}
+        self._lines: dict[int, Timeline | None] = {}
+        """By row; None for nodes whose devices must be looked at one by one."""
+        self._soonest: dict[Fit, dict[int, tuple[Micros, Micros]]] = {}
+        """Per demand and row, (run time, start) of the last answer: as reservations are added, no longer run starts sooner."""
         self._idle_goes = turn.profile.reclaim_idle
         self.rows: dict[int, list[Reservation]] = {}
         self.made = 0
@@ -55,6 +60,7 @@ class Plan:
     def changed(self, node: Node) -> None:
         """Note that something was placed on a node."""
         self._ends.pop(node.index, None)
+        self._lines.pop(node.index, None)
 
     # --- may it start? -------------------------------------------------------------------------------------------------
 
@@ -63,13 +69,20 @@ class Plan:
         if node.index not in self.rows:
             return True
         now = self._turn.now
+        line = self._line(node) if _counts(fit) else None
+        if line is not None:
+            return line.holds(self._need(node, fit, count), now, now + run_us)
         return self._holds(node, Reservation(now, now + run_us, fit, count))
 
     def allows_in(self, pod: Pod, run_us: Micros) -> bool:
         """Tell whether a Pod may go on for that long without delaying a reservation on its node."""
         if pod.node.index not in self.rows:
             return True
-        return self._holds(pod.node, None, pod.number, self._turn.now + run_us)
+        line, until = self._line(pod.node), self._turn.now + run_us
+        if line is not None:
+            amounts = self._turn.state.cluster.amounts(pod.demand)
+            return line.holds(held_by(amounts, pod.grants, len(pod.node.free)), self.ends_at(pod), until)
+        return self._holds(pod.node, None, pod.number, until)
 
     def blamed(self, node: Node) -> str:
         """Return for whom a node is reserved first."""
@@ -124,6 +137,12 @@ class Plan:
         end = start + self.duration(task)
         for row, count in counts.items():
             self.rows.setdefault(row, []).append(Reservation(start, end, line.fit, count, task.req_no))
+            counted = self._lines.get(row)
+            if counted is not None and _counts(line.fit):
+                node = self._turn.state.cluster.nodes[row]
+                counted.take(start, end, self._need(node, line.fit, count))
+            else:
+                self._lines.pop(row, None)
         self.made += 1
         return start
 
@@ -133,6 +152,8 @@ class Plan:
             self.rows[row] = [each for each in self.rows[row] if each.req_no != task.req_no]
             if not self.rows[row]:
                 del self.rows[row]
+        self._lines.clear()
+        self._soonest.clear()
         self.made -= 1
 
     def _together(self, task: Task) -> bool:
@@ -153,10 +174,15 @@ class Plan:
     def _earliest_on_one(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
         run_us = self.duration(task)
         best, row = NEVER, -1
+        known = self._soonest.setdefault(line.fit, {}) if count == 1 else {}
         for node in self._nodes(task, line):
+            ran, at_least = known.get(node.index, (NEVER, 0))
+            if run_us >= ran and at_least >= best:
+                continue
             if count > 1 and places_on(self._turn.state.cluster, node, line.fit.demand, count) < count:
                 continue
             start = self._first_time(node, line.fit, count, run_us, best)
+            known[node.index] = (run_us, min(start, best))
             if start < best:
                 best, row = start, node.index
         return None if row < 0 else (best, {row: count})
@@ -167,7 +193,13 @@ class Plan:
         offers: list[tuple[Micros, int]] = []
         for node in self._nodes(task, line):
             if node.index not in self.rows:
-                offers += [(at, node.index) for at in self._times(node, line.fit, count)]
+                counted = self._line(node) if _counts(line.fit) else None
+                if counted is not None:
+                    need = self._need(node, line.fit, 1)
+                    times = counted.offers(need, count, self._turn.now + 1, NEVER)
+                else:
+                    times = self._times(node, line.fit, count)
+                offers += [(at, node.index) for at in times]
                 continue
             for several in range(1, count + 1):
                 at = self._first_time(node, line.fit, several, run_us, NEVER)
@@ -197,6 +229,9 @@ class Plan:
 
     def _first_time(self, node: Node, fit: Fit, count: int, run_us: Micros, before: Micros) -> Micros:
         """Return when a node first has room for `count` Pods that stay for `run_us`, if that is sooner than `before`."""
+        line = self._line(node) if _counts(fit) else None
+        if line is not None:
+            return line.earliest(self._need(node, fit, count), run_us, self._turn.now + 1, before)
         if node.index not in self.rows:
             times = self._times(node, fit, count, before)
             return times[count - 1] if len(times) >= count else NEVER
@@ -275,6 +310,29 @@ class Plan:
             cluster.suppose(node, grants, held, sign)
         return good
 
+    def _need(self, node: Node, fit: Fit, count: int) -> Need:
+        return need_of(self._turn.state.cluster.amounts(fit.demand), fit.demand, len(node.free), count)
+
+    def _line(self, node: Node) -> Timeline | None:
+        """Return a node's timeline, or None where counts do not say whether something fits."""
+        row = node.index
+        if row in self._lines:
+            return self._lines[row]
+        cluster, line, width = self._turn.state.cluster, None, len(node.free)
+        reserved = self.rows.get(row, ())
+        claims = self._turn.state.claims
+        whole = not claims or all(
+            grant.share == WHOLE_GPU for claim in claims.values() if claim.node is node for grant in claim.grants
+        )
+        if whole and is_uniform(node) and all(_counts(each.fit) for each in reserved):
+            line = Timeline(node, self._turn.now)
+            for at, _, grants, held in self._releases(node):
+                line.release(at, held_by(cluster.amounts(held), grants, width))
+            for each in reserved:
+                line.take(each.start, each.end, self._need(node, each.fit, each.count))
+        self._lines[row] = line
+        return line
+
     # --- when will others end? -----------------------------------------------------------------------------------------
 
     def _releases(self, node: Node) -> list[Release]:
@@ -320,6 +378,12 @@ class Plan:
         if limit is not None:
             end = min(end, began + limit)
         return max(end, now + 1)
+
+
+def _counts(fit: Fit) -> bool:
+    """Tell whether a demand takes whole GPUs or none, on any node."""
+    demand = fit.demand
+    return not fit.empty and (not demand.gpus or demand.gpu_share == WHOLE_GPU)
 
 
 def has_room(turn: Turn, node: Node, fit: Fit, count: int) -> bool:
