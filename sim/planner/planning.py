@@ -9,7 +9,7 @@ from pathlib import Path
 from sim.planner.bounds import Bound
 from sim.planner.objectives import shown
 from sim.planner.questions import headroom, other_policies, sways_of, warnings_of
-from sim.planner.request import PlanError, PlanRequest, gpus_of, pool_text
+from sim.planner.request import PlanError, PlanRequest, Pool, gpus_of, pool_text
 from sim.planner.results import Plan, Sway, money
 from sim.planner.runs import Runs
 from sim.planner.search import Fewest, Search, enlarged
@@ -40,6 +40,8 @@ def plan(
         runs.close()
 
 
+_LEFT = 0.95
+"""What a run leaves of a stage's progress."""
 _SLACK = 1.05
 """How much weaker than what is reached an objective is made that should have an answer."""
 
@@ -52,22 +54,26 @@ class _Stages:
         self._total = sum(weights.values())
         self._weights = weights
         self._before = 0.0
-        self._now = ""
-        self._trials = 0
+        self._now, self._text = "", ""
+        self._runs = 0
 
     def enter(self, name: str) -> None:
         self._before += self._weights.get(self._now, 0.0)
-        self._now, self._trials = name, 0
-        self._tell("")
+        self._now, self._text, self._runs = name, "", 0
+        self._tell()
 
     def heard(self, text: str) -> None:
-        self._trials += 1
-        self._tell(text)
+        self._text = text
+        self._tell()
 
-    def _tell(self, text: str) -> None:
+    def ran(self) -> None:
+        self._runs += 1
+        self._tell()
+
+    def _tell(self) -> None:
         if self._report is not None:
-            part = self._weights.get(self._now, 0.0) * (1 - 0.85**self._trials)
-            self._report((self._before + part) / self._total, f"{self._now}: {text}" if text else self._now)
+            part = self._weights.get(self._now, 0.0) * (1 - _LEFT**self._runs)
+            self._report((self._before + part) / self._total, f"{self._now}: {self._text}" if self._text else self._now)
 
 
 class _Planning:
@@ -79,6 +85,7 @@ class _Planning:
         weights |= {"varying assumptions": 2.0 if request.sensitivity else 0.0}
         weights |= {f"asking for {name}": 2.0 for name in request.policies}
         self._stages = _Stages(on_progress, weights)
+        runs.on_run = self._stages.ran
         self._trials = Trials(request, runs, self._heard)
 
     def make(self) -> Plan:
@@ -187,10 +194,11 @@ class _Planning:
         if len(answer.pool) > 1:
             return
         ((model, count),) = answer.pool
-        for step in _CURVE:
-            wanted = count + (round(step) if abs(step) > 1 else max(3, round(step * count)))
-            if 1 <= wanted <= self._request.most_gpus:
-                self._trials.judge(((model, wanted),))
+        steps = (round(step) if abs(step) > 1 else max(3, round(step * count)) for step in _CURVE)
+        pools: list[Pool] = [((model, count + step),) for step in steps if 1 <= count + step <= self._request.most_gpus]
+        self._trials.prepare(pools, seeds=1)
+        for pool in pools:
+            self._trials.judge(pool)
 
     def _cost(self, each: Fewest) -> tuple[float, int]:
         return (math.inf, 0) if each.trial is None else (self._request.cost(each.trial.pool), each.count or 0)

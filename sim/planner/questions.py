@@ -29,7 +29,9 @@ def sways_of(request: PlanRequest, trials: Trials, answer: Trial, heard: Callabl
     seeds = min(_SWAY_SEEDS, answer.seeds)
     base = sum(answer.estimates[number].values[:seeds]) / seeds
     found = []
-    for name, ends in _assumptions(request).items():
+    assumptions = _assumptions(request)
+    trials.prepare_changes(answer.pool, seeds, [changes for ends in assumptions.values() for _, changes in ends])
+    for name, ends in assumptions.items():
         values, kept = [], []
         for label, changes in ends:
             trial = trials.repeat(answer.pool, seeds, **changes) if changes else None

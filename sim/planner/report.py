@@ -73,6 +73,12 @@ def tables(plan: Plan) -> list[tuple[str, str, tuple[str, ...], Rows]]:
             _cost_rows(plan),
         ),
         (
+            f"Cost against {name}",
+            "The simulated clusters that no other beats in both.",
+            ("cluster", "per hour", name, f"{plan.request.confidence:.0%} interval", ""),
+            _front_rows(plan),
+        ),
+        (
             "Add a GPU, or change the policy",
             f"What else could be done, and what {name} is then.",
             ("instead", "GPUs", "per hour", name, ""),
@@ -126,6 +132,17 @@ def _cost_row(plan: Plan, trial: Trial) -> tuple[str, ...]:
         f"{trial.mean('busy'):.0%}",
         "the answer" if chosen else "",
     )
+
+
+def _front_rows(plan: Plan) -> Rows:
+    unit = plan.objective.unit
+    rows: Rows = []
+    for trial in plan.front():
+        estimate = trial.estimates[plan.number]
+        between = f"{shown(estimate.low, unit)} .. {shown(estimate.high, unit)}" if trial.seeds > 1 else "one seed"
+        cost = money(plan.request.cost(trial.pool), plan.request.currency)
+        rows.append((pool_text(trial.pool), cost, shown(estimate.mean, unit), between, trial.verdict.value))
+    return rows
 
 
 def _choice_rows(plan: Plan) -> Rows:

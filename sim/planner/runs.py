@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache, partial
 from hashlib import blake2b
@@ -41,6 +41,8 @@ class Runs:
         self._known: dict[str, dict[str, Any]] = {}
         self._workloads: dict[str, Workload] = {}
         self._seconds = 0.0
+        self.on_run: Callable[[], None] | None = None
+        """Called after every run, once it is in the store."""
         self.done = 0
         self.reused = 0
 
@@ -89,6 +91,8 @@ class Runs:
         self.done += 1
         if self._store is not None:
             self._store.add(key, line)
+        if self.on_run is not None:
+            self.on_run()
 
     def _key(self, config: SimulationConfig) -> str:
         return f"plan-{run_key(config)}-{self._given_digest}-{_own_code()}"

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 
+from sim.planner.objectives import shown
 from sim.planner.request import PlanRequest, Pool, pool_text
 from sim.planner.trials import Trial, Trials, binding
 
 _GROWTH = 1.5
 _PLATEAU = 0.02
-"""Doublings that improve the nearest objective by less than this bring nothing."""
+"""Three enlargements in a row that improve the nearest objective by less than this bring nothing."""
+_FRUITLESS = 20
+"""Enlargements with every seed of what held with fewer, before the interval is taken to be too wide for an answer."""
 _CANDIDATES = 20_000
 _PROMISING = 0.8
 """Mixes that should manage less than this part of the work are not worth a simulation."""
@@ -51,6 +54,8 @@ class _Hunt:
 
     model: str
     judge: Callable[[int, bool], Trial]
+    prepare: Callable[[list[int]], None]
+    """Runs every seed of these numbers of GPUs, together."""
     bound: int
     most: int
     breaches: list[str] = field(default_factory=list)
@@ -98,9 +103,16 @@ class _Hunt:
 
     def _confirm(self, count: int) -> tuple[int | None, str]:
         """Settle on the smallest count that holds with every seed and whose larger neighbour holds too."""
+        misses = 0
         while count <= self.most:
+            self.prepare(
+                [each for each in (count - 1, count, count + 1) if 1 <= each <= self.most and not misses] or [count]
+            )
             if not self.judge(count, True).holds:
-                count += max(1, count // 50)
+                misses += 1
+                if misses > _FRUITLESS:
+                    return None, "plateau"
+                count += max(1, count // 50) * (1 + misses // 3)
                 continue
             if count < self.most and not self.judge(count + 1, True).holds:
                 self.breaches.append(f"{count} {self.model} hold, {count + 1} do not: the answer is sought above")
@@ -142,7 +154,10 @@ class Search:
         def worth(trial: Trial) -> float:
             return trial.estimates[binding(request.objectives, trial)].mean
 
-        hunt = _Hunt(model, judge, bound, most)
+        def prepare(counts: list[int]) -> None:
+            self._trials.prepare([((model, count),) for count in counts], profile)
+
+        hunt = _Hunt(model, judge, prepare, bound, most)
         count, stopped = hunt.run(start, worth)
         if count is None:
             if stopped == "most":
@@ -228,8 +243,14 @@ class Search:
         request = self._request
         number = binding(request.objectives, largest)
         objective, value = request.objectives[number], largest.estimates[number].mean
+        if objective.kept(value):
+            return (
+                f"{model}: no number of GPUs is sure to be enough, {objective.name} is {shown(value, objective.unit)} on average "
+                f"with {largest.pool[0][1]} of them, but its interval ends at "
+                f"{shown(largest.estimates[number].high, objective.unit)}; take more --seeds, or relax the objective"
+            )
         return (
-            f"{model}: more GPUs do not help, {objective.name} stays at {value:.3g} {objective.unit} with "
+            f"{model}: more GPUs do not help, {objective.name} stays at {shown(value, objective.unit)} with "
             f"{largest.pool[0][1]} of them; it is the time of loads and runs, not of queueing: relax the objective, speed up "
             "loads, keep models deployed, or try another profile"
         )

@@ -114,6 +114,18 @@ class Trials:
         self._known[pool, name] = trial
         return trial
 
+    def prepare(self, pools: Sequence[Pool], profile: str | None = None, seeds: int | None = None) -> None:
+        """Run clusters that will be judged, all of them together, so that every process has something to do."""
+        request = self._request
+        name = profile or request.base.profile
+        numbers = range(seeds or request.seeds)
+        self._runs.of([request.config(pool, number, profile=name) for pool in pools for number in numbers])
+
+    def prepare_changes(self, pool: Pool, seeds: int, changes: Sequence[dict[str, Any]]) -> None:
+        """Run a cluster under several changed configurations, all of them together."""
+        numbers = range(min(seeds, self._request.seeds))
+        self._runs.of([self._request.config(pool, number, **each) for each in changes for number in numbers])
+
     def repeat(self, pool: Pool, seeds: int, **changes: Any) -> Trial:
         """Return a trial of exactly so many seeds with a changed configuration; it is not remembered."""
         return self._trial(pool, self._request.base.profile, min(seeds, self._request.seeds), **changes)

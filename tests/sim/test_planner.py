@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,7 @@ def planned() -> Plan:
 # --- against theory -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "mean_s", "slo"), [(0.5, 10.0, "p90_wait<8s"), (0.2, 20.0, "mean_wait<6s")]
-)
+@pytest.mark.parametrize(("rate", "mean_s", "slo"), [(0.5, 10.0, "p90_wait<8s"), (0.2, 20.0, "mean_wait<6s")])
 def test_where_erlang_c_is_exact_the_planner_gives_its_number_give_or_take_one(
     rate: float, mean_s: float, slo: str
 ) -> None:
@@ -173,6 +172,9 @@ class MadeUp:
         self.known[pool] = found
         return found
 
+    def prepare(self, pools: list[Pool], profile: str | None = None) -> None:
+        """Have nothing to run."""
+
     def all(self, profile: str | None = None) -> list[Trial]:
         return list(self.known.values())
 
@@ -212,6 +214,23 @@ def test_what_gpus_do_not_help_has_no_answer_and_says_why() -> None:
     assert found.count is None
     assert "more GPUs do not help" in found.why
     assert found.largest is not None
+
+
+def test_what_holds_with_a_few_seeds_only_ends_the_search_and_asks_for_more_seeds() -> None:
+    asked = request()
+    search, trials = searching(asked, lambda pool: True)
+    judged = trials.judge
+
+    def doubtful(pool: Pool, profile: str | None = None, *, full: bool = False) -> Trial:
+        found = judged(pool, profile, full=full)
+        return replace(found, verdict=Verdict.UNCLEAR) if full else found
+
+    trials.judge = doubtful  # type: ignore[method-assign]
+    found = search.fewest("a100", 10)
+    assert found.count is None
+    assert "no number of GPUs is sure to be enough" in found.why
+    assert "--seeds" in found.why
+    assert len(trials.known) < 60
 
 
 def test_too_small_a_limit_of_gpus_has_no_answer_and_names_the_option() -> None:
