@@ -53,7 +53,7 @@ class Fit:
         self._devices = advice[0] if advice else None
         self._cluster = cluster
         self._amounts = cluster.amounts(demand)
-        self._scorers = scorers
+        self._scorers = tuple(pair for pair in scorers if pair[1])
         self._epoch = -1
         self._cursor = 0
         self.scores: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)

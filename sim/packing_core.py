@@ -37,6 +37,8 @@ def run_in_lockstep(
     between nodes are drawn, and devices where the policy draws them.
     """
     runs, steps = sequence.shape
+    if runs == 1:
+        return _run_alone(nodes.take(order[0]), shapes, policy, order[0], sequence[0], draws, progress)[None, :]
     count = len(nodes)
     table = _first_scores(nodes, shapes, policy, order)
     state = nodes.take(order.reshape(-1))
@@ -70,6 +72,49 @@ def run_in_lockstep(
     return np.where(found >= 0, np.take_along_axis(order, np.maximum(found, 0), axis=1), -1)
 
 
+def _run_alone(
+    state: Nodes,
+    shapes: Shapes,
+    policy: Policy,
+    order: Ints,
+    sequence: Ints,
+    draws: Draws | None,
+    progress: Callable[[float], None],
+) -> Ints:
+    """Do what `run_in_lockstep` does for a single run, with views of one row instead of gathers."""
+    table = np.ascontiguousarray(masked(policy, state, shapes).T.astype(np.int16))
+    placed = np.full(len(sequence), -1, dtype=np.int64)
+    kinds = np.arange(len(shapes))
+    rows = [
+        Nodes(
+            state.cpu[at : at + 1],
+            state.memory[at : at + 1],
+            state.left[at : at + 1],
+            state.gpus[at : at + 1],
+            state.model[at : at + 1],
+            state.tags[at : at + 1],
+        )
+        for at in range(len(state))
+    ]
+    for step, kind in enumerate(sequence.tolist()):
+        if step % _STEPS_BETWEEN == 0:
+            progress(step / len(sequence))
+        if kind < 0:
+            continue
+        scores = table[kind]
+        chosen = int(scores.argmax())
+        best = scores.item(chosen)
+        if best < 0:
+            continue
+        if draws is not None:
+            chosen = int(drawn((scores == best)[None, :], draws[:, step, 0])[0])
+        placed[step] = chosen
+        node = rows[chosen]
+        place(policy, node, shapes, kinds[kind : kind + 1], None if draws is None else draws[:, step, 1])
+        table[:, chosen] = masked(policy, node, shapes)[0]
+    return np.where(placed >= 0, order[placed], -1)
+
+
 def _first_scores(nodes: Nodes, shapes: Shapes, policy: Policy, order: Ints) -> Scores:
     """Return int16[run, shape, place in the order]; the last shape is the one that never fits."""
     first = masked(policy, nodes, shapes).T
@@ -95,11 +140,12 @@ def place(policy: Policy, nodes: Nodes, shapes: Shapes, rows: Ints, draw: Draws 
     """Take what the shape in `rows` asks for from each node: shared by the policy's device, whole devices in their order."""
     share = shapes.share[rows]
     left = nodes.left
-    shared = (share < WHOLE_GPU) & (share > 0)
-    some = shared.nonzero()[0]
+    some = (rows < shapes.shared).nonzero()[0]
     if len(some) < len(rows):
         whole = left == WHOLE_GPU
-        whole &= whole.cumsum(axis=1) <= np.where(shared, 0, shapes.gpus[rows])[:, None]
+        gpus = shapes.gpus[rows]
+        gpus[some] = 0
+        whole &= whole.cumsum(axis=1) <= gpus[:, None]
         left[whole] = 0
     if len(some) == len(rows):
         left[np.arange(len(rows)), policy.devices(nodes, shapes, rows, draw)] -= share

@@ -171,59 +171,59 @@ class Fgd:
 
     def __init__(self, measure: Fragmentation, models: list[str], nodes: Nodes, shapes: Shapes) -> None:
         self._measure = measure
-        width = nodes.left.shape[1]
-        whole = measure.whole_table
-        more = max(0, width + 1 - whole.shape[2])
-        whole = np.concatenate([whole, np.repeat(whole[:, :, -1:], more, axis=2)], axis=2)
-        self._classes = whole.shape[1]
-        self._counts = whole.shape[2]
-        self._whole = (whole * np.arange(self._counts)).reshape(-1)
+        counts = nodes.left.shape[1] + 1
+        gpus = np.minimum(np.arange(max(counts, int(shapes.gpus.max()) + 1)), counts - 1)
+        whole = measure.whole_table[:, :, np.minimum(np.arange(counts), measure.whole_table.shape[2] - 1)]
+        whole = whole * np.arange(counts)
+        one = measure.share_table[:, :, WHOLE_GPU]
+        taken = gpus * one[:, :, None, None] + whole[:, :, np.maximum(np.arange(counts)[:, None] - gpus, 0)]
+        self._classes, self._counts, self._wide = whole.shape[1], counts, len(gpus)
         self._share = measure.share_table.reshape(-1)
-        self._one = measure.share_table[:, :, WHOLE_GPU].reshape(-1)
+        self._whole = whole.reshape(-1)
+        """(model, class, wholly free devices) -> what shapes of several GPUs take off."""
+        self._opened = (whole - np.concatenate([whole[:, :, :1], whole[:, :, :-1]], axis=2)).reshape(-1)
+        """(model, class, wholly free devices) -> what is lost of that when one of them is begun."""
+        self._taken = taken.reshape(-1)
+        """(model, class, wholly free devices, whole GPUs taken) -> what these were, and what shapes of several take off then."""
         self._steps = np.array(measure.steps, dtype=np.int64)
-        most = int(max(nodes.cpu.max(), shapes.cpu.max()))
+        self._most = most = int(max(nodes.cpu.max(), shapes.cpu.max()))
         steps = np.array(measure.cpu_steps, dtype=np.int64)
         self._class: Ints = np.searchsorted(steps, np.arange(-most, most + 1), side="right").astype(np.int64)
-        self._most = most
+        self._now = self._class[most:]
         self._shift = most - shapes.cpu
         self._model: Ints = np.array([measure.model(name) for name in models], dtype=np.int64)
-        self._every = np.arange(self._classes)
+        self._first = (self._model * self._classes)[:, None]
+        self._rows = ((self._first + np.arange(self._classes)) * _STEP)[:, :, None]
+        self._gpus = shapes.gpus[shapes.shared :]
 
     def scores(self, nodes: Nodes, shapes: Shapes) -> Ints:
         """Return hundredths."""
         left, shared = nodes.left, shapes.shared
-        first = (self._model[nodes.model] * self._classes)[:, None]
+        first = self._first[nodes.model]
         free = (left == WHOLE_GPU).sum(axis=1)[:, None]
-        sums = self._share.take((first + self._every)[:, :, None] * _STEP + left[:, None, :]).sum(axis=2)
-        now = self._class.take(nodes.cpu + self._most)[:, None]
-        row = np.arange(0, len(nodes) * self._classes, self._classes)[:, None]
+        sums = self._share.take(self._rows[nodes.model] + left[:, None, :]).sum(axis=2)
+        row = np.arange(0, sums.size, self._classes)[:, None]
+        now = self._now.take(nodes.cpu)[:, None]
         before = sums.take(row + now) - self._whole.take((first + now) * self._counts + free)
         after = self._class.take(nodes.cpu[:, None] + self._shift)
         decrease = before - sums.take(row + after)
-        after += first
+        at = (after + first) * self._counts + free
         if shared < len(shapes):
-            rest, gpus = after[:, shared:], shapes.gpus[shared:]
-            decrease[:, shared:] += gpus * self._one.take(rest)
-            decrease[:, shared:] += self._whole.take(rest * self._counts + np.maximum(free - gpus, 0))
+            decrease[:, shared:] += self._taken.take(at[:, shared:] * self._wide + self._gpus)
         if shared:
-            decrease[:, :shared] -= self._least(left, free, after[:, :shared], shapes.share[:shared])
-        scores: Ints = np.searchsorted(self._steps, decrease, side="right")
+            some = left[:, :, None]
+            rest = some - shapes.share[:shared]
+            base = ((after[:, :shared] + first) * _STEP)[:, None, :]
+            least = self._share.take(base + rest, mode="clip")
+            least -= self._share.take(base + some)
+            if free.any():
+                at = at[:, :shared]
+                least += (some == WHOLE_GPU) * self._opened.take(at)[:, None, :]
+                decrease[:, :shared] += self._whole.take(at)
+            np.copyto(least, _NO_DEVICE, where=rest < 0)
+            decrease[:, :shared] -= least.min(axis=1)
+        scores: Ints = self._steps.searchsorted(decrease, side="right")
         return scores
-
-    def _least(self, left: Ints, free: Ints, after: Ints, share: Ints) -> Ints:
-        """Return int64[node, shape]: the least that taking the share of a device adds to the sum over devices."""
-        some = left[:, :, None]
-        rest = some - share
-        base = (after * _STEP)[:, None, :]
-        changes = self._share.take(base + rest, mode="clip")
-        changes -= self._share.take(base + some)
-        if free.any():
-            at = after * self._counts + free
-            fewer = self._whole.take(np.maximum(at - 1, 0))[:, None, :]
-            changes -= np.where(some == WHOLE_GPU, fewer, self._whole.take(at)[:, None, :])
-        np.copyto(changes, _NO_DEVICE, where=rest < 0)
-        least: Ints = changes.min(axis=1)
-        return least
 
     def devices(self, nodes: Nodes, shapes: Shapes, rows: Ints, draw: npt.NDArray[np.float64] | None) -> Ints:
         """Return the device with the best score, the first among equals."""
