@@ -70,8 +70,9 @@ class SimulationConfig:
     pools: tuple[tuple[str, int], ...] = ()
     """A mixed cluster: GPU model and number of its GPUs, in nodes of `gpus_per_node` of which the last may be smaller.
     Empty: `nodes` full nodes of `gpu_model`."""
-    reference_gpu: str = "a100"
-    """GPU model that the workload's run times hold on."""
+    reference_gpu: str = ""
+    """GPU model that the workload's run times hold on. Empty: a100, but for batch traces the cluster's own (first) model, so that
+    their jobs run as long as they did."""
     load_scale: float = 1.0
     """Loads of models and adapters take so many times as long."""
     model_scale: float = 1.0
@@ -96,7 +97,7 @@ class SimulationConfig:
                 raise ConfigError(f"pools: unknown GPU model {model!r}; known are {', '.join(sorted(GPU_MODELS))}")
             if count < 1:
                 raise ConfigError(f"pools: {model} needs at least 1 GPU, got {count}; leave out what is not there")
-        if self.reference_gpu not in GPU_MODELS:
+        if self.reference_gpu and self.reference_gpu not in GPU_MODELS:
             raise ConfigError(
                 f"reference_gpu: unknown {self.reference_gpu!r}; known are {', '.join(sorted(GPU_MODELS))}"
             )
@@ -145,7 +146,7 @@ class SimulationConfig:
             nodes = pooled(self.pools, self.gpus_per_node)
         else:
             nodes = cluster(self.nodes, self.gpus_per_node, self.gpu_model)
-        hardware = Hardware(nodes, family=self.family, reference_gpu=self.reference_gpu)
+        hardware = Hardware(nodes, family=self.family, reference_gpu=self.reference_gpu or self._reference())
         return hardware if self.load_scale == 1 else hardware.loading(self.load_scale)
 
     def fault_plan(self) -> FaultPlan:
@@ -168,10 +169,9 @@ class SimulationConfig:
         if self.trace is None:
             workload, of_service = self._synthetic_workload(), True
         else:
-            form = registry.format_named(self.trace_format) if self.trace_format else registry.detect(self.trace)
+            form = self._format(self.trace)
             workload, of_service = registry.read(self.trace, self._reader_options(), form.name), form.service
-            models = [model for model, _ in self.pools] or [self.gpu_model]
-            workload = workload if of_service else held_to(workload, models)
+            workload = workload if of_service else held_to(workload, self._models())
         if of_service:
             workload = demanding(
                 workload, gpu_share=self.gpu_share, gpu_memory_gib=self.gpu_memory_gib, slots=self.slots
@@ -179,6 +179,17 @@ class SimulationConfig:
         if self.forecaster == "declared":
             workload = declared(workload, self.declared_sigma, self.seed)
         return with_models(workload, self.model_scale).scaled(self.rate_scale)
+
+    def _format(self, trace: Path) -> registry.TraceFormat:
+        return registry.format_named(self.trace_format) if self.trace_format else registry.detect(trace)
+
+    def _models(self) -> list[str]:
+        return [model for model, _ in self.pools] or [self.gpu_model]
+
+    def _reference(self) -> str:
+        """Return the GPU model that run times hold on, where nobody said."""
+        batch = self.trace is not None and self._format(self.trace).batch
+        return self._models()[0] if batch else "a100"
 
     def _reader_options(self) -> registry.ReaderOptions:
         return registry.ReaderOptions(

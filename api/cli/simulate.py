@@ -21,6 +21,9 @@ def simulate(
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs on each node.")] = 8,
     gpu_model: Annotated[str, typer.Option(help="GPU model of every node.")] = "a100",
+    reference_gpu: Annotated[
+        str, typer.Option(help="GPU model that run times hold on; default: a100, or for batch traces --gpu-model.")
+    ] = "",
     profile: Annotated[str, typer.Option(help="Scheduling profile: a name, or a TOML file.")] = "aigc",
     compare: Annotated[str, typer.Option(help="Profiles to run side by side: fifo,kube-default,aigc")] = "",
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
@@ -64,6 +67,7 @@ def simulate(
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             gpu_model=gpu_model,
+            reference_gpu=reference_gpu,
             profile=profile,
             seed=seed,
             forecaster=forecaster,

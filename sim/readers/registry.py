@@ -32,6 +32,8 @@ class TraceFormat:
     """Reads the file its own way; None: rows, sorted, counted from the first."""
     from_zero: bool = False
     """The file's clock is the workload's; the others are moved to begin at zero."""
+    batch: bool = False
+    """Jobs of another cluster, whose run times hold on that cluster's GPUs."""
     service: bool = False
     """Requests to a service, whose demand the simulation's own settings decide."""
 
@@ -45,16 +47,16 @@ FORMATS: tuple[TraceFormat, ...] = (
         whole=service.read_gentd26,
         service=True,
     ),
-    TraceFormat("philly", "Philly slice (CSV)", philly.matches_csv, philly.csv_rows),
-    TraceFormat("philly-json", "Philly cluster_job_log (JSON)", philly.matches_json, philly.json_rows),
-    TraceFormat("openb", "openb pod list (CSV)", openb_csv.matches, openb_csv.rows),
-    TraceFormat("helios", "Helios cluster_log.csv", helios_csv.matches, helios_csv.rows),
-    TraceFormat("pai", "PAI pai_task_table.csv", pai_csv.matches_tasks, pai_csv.task_rows),
-    TraceFormat("pai-jobs", "PAI job list (CSV of its simulator)", pai_csv.matches_jobs, pai_csv.job_rows),
+    TraceFormat("philly", "Philly slice (CSV)", philly.matches_csv, philly.csv_rows, batch=True),
+    TraceFormat("philly-json", "Philly cluster_job_log (JSON)", philly.matches_json, philly.json_rows, batch=True),
+    TraceFormat("openb", "openb pod list (CSV)", openb_csv.matches, openb_csv.rows, batch=True),
+    TraceFormat("helios", "Helios cluster_log.csv", helios_csv.matches, helios_csv.rows, batch=True),
+    TraceFormat("pai", "PAI pai_task_table.csv", pai_csv.matches_tasks, pai_csv.task_rows, batch=True),
+    TraceFormat("pai-jobs", "PAI job list (CSV of its simulator)", pai_csv.matches_jobs, pai_csv.job_rows, batch=True),
     TraceFormat(
         "own", "tasks of one's own (CSV or JSON lines)", service.matches_own, service.own_rows, service.read_own, True
     ),
-    TraceFormat("swf", "Standard Workload Format", swf.matches, swf.rows),
+    TraceFormat("swf", "Standard Workload Format", swf.matches, swf.rows, batch=True),
 )
 """In the order in which they are tried."""
 

@@ -323,6 +323,18 @@ def test_gpu_types_hold_where_the_cluster_has_them_and_are_dropped_where_it_has_
     assert [each.task.demand.gpu_models for each in single.arrivals] == [("t4",), (), ()]
 
 
+def test_batch_jobs_run_as_long_as_they_did_whatever_the_cluster_has(tmp_path):
+    path = written(tmp_path, "log.swf", SWF)
+    config = SimulationConfig(trace=path, nodes=2, gpu_model="t4", profile="fifo", forecaster="none")
+    assert simulate(config).summary.completion["all"].count == 3
+    assert config.hardware().speed("t4") == 1.0
+    assert SimulationConfig(trace=path, gpu_model="t4", reference_gpu="a100").hardware().speed("t4") < 0.5
+    own = written(tmp_path, "own.csv", "submitted_s,seconds\n0,1\n")
+    assert SimulationConfig(trace=own, gpu_model="t4").hardware().speed("t4") < 0.5
+    with pytest.raises(ConfigError, match="reference_gpu: unknown 'k80'"):
+        SimulationConfig(trace=path, reference_gpu="k80")
+
+
 def test_a_named_format_wins_over_what_the_file_looks_like(tmp_path):
     path = written(tmp_path, "log.swf", SWF)
     with pytest.raises(WorkloadError, match="column 'job_id' is missing"):
