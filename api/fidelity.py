@@ -5,6 +5,7 @@ What it gives back is the scheduler's journal; `sim.fidelity` compares it with w
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ _PATIENCE_S = 120.0
 """How long after the last submission a run may take beyond all its work done one after the other."""
 
 _CALIBRATION_SEEDS = 1_000_000
-"""Added to the seed for the calibrating run, so that it never shares a draw with the judged one."""
+"""Added to the seed for the calibrating runs, so that they never share a draw with the judged one."""
 
 Progress = Callable[[float, str], None]
 
@@ -52,7 +53,10 @@ def compare_here(
     replications: int,
     on_progress: Progress | None = None,
 ) -> FidelityReport:
-    """Run a workload for real on this machine, twice, and judge the simulator by it.
+    """Run a workload for real on this machine and judge the simulator by it.
+
+    Half of the calibrating tasks run before the judged run and half after it, each on a platform of its own: what changes on the
+    machine meanwhile is then not taken for a fault of the simulator.
 
     Raises `sim.fidelity.FidelityError`, `sim.calibration.CalibrationError`, `engine.profiles.InvalidProfile`, RealRunFailed.
     """
@@ -60,15 +64,21 @@ def compare_here(
     named = path.suffix == ".toml" and path.is_file()
     known = profiles.load(path.read_text(encoding="utf-8") if named else profile)
     used = str(path.resolve()) if named else profile
-    ahead = draw_jobs(workload, calibration_tasks, nodes, load, seed + _CALIBRATION_SEEDS)
-    calibrating = run_real(ahead, nodes, used, _part(on_progress, 0.0, 0.25, "calibrating run"))
-    runs = [task.finished - task.started for task in observe(calibrating.records).tasks]
+    half = max(2, calibration_tasks // 2)
+    ahead = draw_jobs(workload, half, nodes, load, seed + _CALIBRATION_SEEDS)
+    before = run_real(ahead, nodes, used, _part(on_progress, 0.0, 0.15, "calibrating"))
+    runs = [task.finished - task.started for task in observe(before.records).tasks]
     # How long pictures take depends on the machine: only now can their arrivals be set for the load that was asked for.
     mean_s = sum(runs) / len(runs) / SECOND if runs and workload == "tiny" else None
     jobs = draw_jobs(workload, tasks, nodes, load, seed, mean_s)
-    judged = run_real(jobs, nodes, used, _part(on_progress, 0.25, 0.9, "judged run"))
-    about = Run(workload, known, seed, nodes, load)
-    return judge(about, calibrating.records, judged.records, replications, _part(on_progress, 0.9, 1.0, "simulating"))
+    busy = os.getloadavg()[0]
+    judged = run_real(jobs, nodes, used, _part(on_progress, 0.15, 0.8, "judged run"))
+    busy = max(busy, os.getloadavg()[0])
+    behind = draw_jobs(workload, half, nodes, load, seed + 2 * _CALIBRATION_SEEDS, mean_s)
+    after = run_real(behind, nodes, used, _part(on_progress, 0.8, 0.95, "calibrating"))
+    about = Run(workload, known, seed, nodes, load, os.cpu_count() or 1, busy)
+    calibrating = [*before.records, *after.records]
+    return judge(about, calibrating, judged.records, replications, _part(on_progress, 0.95, 1.0, "simulating"))
 
 
 def _part(on_progress: Progress | None, low: float, high: float, what: str) -> Progress | None:

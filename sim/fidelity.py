@@ -1,8 +1,8 @@
 """Is the simulator right about real executors? Compares a real run's journal with simulations of the same workload.
 
-The workload is run for real twice: once to calibrate (`sim.calibration`), and once, drawn with another seed, to be judged. The
-judged run is simulated from its arrivals alone: run times are drawn from what the predictor learned in the calibration run. Real
-runs are made by whoever calls (`aigc fidelity`); everything here is a pure function of journals.
+The workload is run for real to calibrate (`sim.calibration`) and, drawn with another seed, to be judged. The judged run is
+simulated from its arrivals alone: run times are drawn from what the predictor learned in the calibrating runs. Real runs are made
+by whoever calls (`aigc fidelity`); everything here is a pure function of journals.
 """
 
 from __future__ import annotations
@@ -193,6 +193,9 @@ class FidelityReport:
     load: float
     tasks: int
     replications: int
+    cores: int
+    busy: float
+    """The machine's load average around the judged run: far above its cores, other work disturbed it."""
     calibration: Calibration
     rows: tuple[Row, ...]
     real: Observed
@@ -207,7 +210,7 @@ class FidelityReport:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         rows = [{**asdict(row), "error_percent": row.error_percent, "met": row.met} for row in self.rows]
-        names = ("workload", "profile", "seed", "nodes", "load", "tasks", "replications")
+        names = ("workload", "profile", "seed", "nodes", "load", "tasks", "replications", "cores", "busy")
         head = {"schema": 1, **{name: getattr(self, name) for name in names}}
         finished = {"real": len(self.real.tasks), "simulated": len(self.simulated.tasks)}
         return {**head, "finished": finished, "met": self.met, "calibration": self.calibration.to_json(), "rows": rows}
@@ -222,6 +225,10 @@ class Run:
     seed: int
     nodes: int
     load: float
+    cores: int = 0
+    """Of the machine; 0: not known."""
+    busy: float = 0.0
+    """The machine's load average around the judged run."""
 
 
 def judge(
@@ -256,6 +263,8 @@ def judge(
         load=run_of.load,
         tasks=real.submitted,
         replications=replications,
+        cores=run_of.cores,
+        busy=run_of.busy,
         calibration=calibration,
         rows=_rows(real, runs),
         real=real,
