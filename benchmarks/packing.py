@@ -1,8 +1,8 @@
 """How fast Pods are placed on the openb cluster: ``python -m benchmarks.packing [--pods FILE --nodes FILE] [--repeat 3]``.
 
 1,213 nodes, some 10,800 Pods per run, one core; placements per CPU second, the best of so many repetitions. Measured are one run
-alone, ten in lockstep (what `aigc reproduce fgd` does), and the whole engine under the profile of the same policy, one Pod per step,
-without a journal. The experiment and the engine place alike: a test compares them.
+alone, ten in lockstep (what `aigc reproduce fgd` does), and the whole engine under the profile of the same policy, one Pod per
+step, without a journal. The experiment and the engine place alike: a test compares them.
 """
 
 from __future__ import annotations
