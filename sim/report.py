@@ -79,6 +79,8 @@ def sections(results: Sequence[SimulationResult]) -> list[tuple[str, list[Row]]]
 
 def _title(results: Sequence[SimulationResult]) -> str:
     config = results[0].config
+    if config.pools:
+        return f"{results[0].workload} on " + " + ".join(f"{count} {model}" for model, count in config.pools)
     return f"{results[0].workload} on {config.nodes} x {config.gpus_per_node} {config.gpu_model}"
 
 

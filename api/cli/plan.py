@@ -41,7 +41,7 @@ def plan(
     from_live: Annotated[
         Path | None, typer.Option(help="Workload: what a platform with this state directory was asked for.")
     ] = None,
-    tasks: Annotated[int, typer.Option(min=1, help="Tasks of the synthetic workload.")] = 10_000,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of the synthetic workload.")] = 5_000,
     rate_scale: Annotated[float, typer.Option(help="Multiply the arrival rate.")] = 1.0,
     load_scale: Annotated[float, typer.Option(help="Multiply the time that model loads take.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N tasks.")] = None,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.tasks import SECOND, URGENT_PRIORITY
-from sim.hardware import Hardware
+from sim.hardware import GIB, GPU_MODELS, Hardware
 from sim.planner.objectives import ALL, Objective
 from sim.planner.request import PlanRequest, Pool
 from sim.planner.runs import Runs
@@ -66,9 +66,9 @@ class Bound:
 
     def __init__(self, request: PlanRequest, runs: Runs) -> None:
         self._hardware = request.config(request.pool((1,) * len(request.offers))).hardware()
-        self.demand = demand_of(
-            runs.workload(request.base), self._hardware, [offer.gpu_model for offer in request.offers]
-        )
+        self._request = request
+        self._workload = runs.workload(request.base)
+        self.demand = demand_of(self._workload, self._hardware, [offer.gpu_model for offer in request.offers])
         self._by_seed: list[list[_Span]] = []
         for number in range(request.seeds):
             workload = runs.workload(request.config((), number))
@@ -95,6 +95,31 @@ class Bound:
             else:
                 high = middle
         return high
+
+    def unfit(self, model: str) -> str:
+        """Say why too many tasks can never run on a model for an objective to be kept; empty when they can."""
+        gpu, per_node = GPU_MODELS[model], self._request.base.gpus_per_node
+        for objective in self._request.objectives:
+            inside = [each.task.demand for each in self._workload.arrivals if _in_class(each, objective.selector)]
+            bad = [
+                demand
+                for demand in inside
+                if demand.gpus
+                and (
+                    demand.gpu_memory_bytes > gpu.memory_bytes
+                    or demand.gpus > per_node
+                    or (demand.gpu_models and model not in demand.gpu_models)
+                )
+            ]
+            if len(bad) > (objective.tail or 0.0) * len(inside):
+                most = max(demand.gpu_memory_bytes for demand in bad) / GIB
+                gpus = max(demand.gpus for demand in bad)
+                return (
+                    f"{model}: {len(bad) / len(inside):.0%} of the tasks do not fit; they ask for up to {most:.3g} GiB of a GPU's "
+                    f"memory (it has {gpu.memory_bytes / GIB:.3g}) and {gpus} GPUs on one node (of {per_node}): offer "
+                    "another model, or larger nodes"
+                )
+        return ""
 
     def load(self, pool: Pool) -> float:
         """Return the offered load: the share of the cluster's time that the work takes, loads and luck apart."""

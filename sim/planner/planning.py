@@ -95,7 +95,7 @@ class _Planning:
         if not workload.arrivals:
             raise PlanError("workload: holds no task; give a trace with tasks, or a synthetic workload")
         bound = Bound(request, self._runs)
-        search = Search(request, trials, bound.impossible, bound.fewest)
+        search = Search(request, trials, bound.impossible, bound.fewest, bound.unfit)
         pure = self._pure(search, bound)
         self._stages.enter("trying mixes")
         mixes, untried = search.mixes(pure)
@@ -173,7 +173,7 @@ class _Planning:
                 continue
             easier = replace(request, objectives=weaker)
             trials = Trials(easier, self._runs, self._heard)
-            search = Search(easier, trials, bound.impossible, bound.fewest)
+            search = Search(easier, trials, bound.impossible, bound.fewest, bound.unfit)
             less = search.fewest(each.model, gpus_of(each.largest.pool))
             if less.trial is not None:
                 found.append((request.cost(less.trial.pool), less.trial, weaker))

@@ -127,7 +127,7 @@ class _Hunt:
 
 
 class Search:
-    """Finds answers for a request; `impossible` and `fewest_possible` are the bounds of `sim.planner.bounds`."""
+    """Finds answers for a request; `impossible`, `fewest_possible` and `unfit` are the bounds of `sim.planner.bounds`."""
 
     def __init__(
         self,
@@ -135,16 +135,21 @@ class Search:
         trials: Trials,
         impossible: Callable[[Pool], bool],
         fewest_possible: Callable[[str, int], int],
+        unfit: Callable[[str], str],
     ) -> None:
         self._request = request
         self._trials = trials
         self._impossible = impossible
         self._fewest_possible = fewest_possible
+        self._unfit = unfit
 
     def fewest(self, model: str, start: int, profile: str | None = None) -> Fewest:
         """Return the fewest GPUs of a model, beginning at a guess."""
         request, most = self._request, self._request.most_gpus
         bound = self._fewest_possible(model, most)
+        unfit = self._unfit(model)
+        if unfit:
+            return Fewest(model, None, None, None, None, bound, why=unfit)
         if bound > most:
             return Fewest(model, None, None, None, None, bound, why=self._too_few(model, bound))
 
@@ -208,11 +213,11 @@ class Search:
         return steady, sum(not any(_within(pool, missed) for missed in misses) for pool in left)
 
     def _candidates(self, pure: list[Fewest], best: float) -> Iterator[Pool]:
-        """Give every mix below a cost that the bounds allow."""
+        """Give every mix below a cost that the bounds allow, of models that have an answer of their own."""
         ranges = []
         size = 1
         for offer, found in zip(self._request.offers, pure, strict=True):
-            top = found.count if found.count is not None else self._request.most_gpus
+            top = found.count or 0
             if offer.per_hour > 0:
                 top = min(top, int(best / offer.per_hour))
             ranges.append(range(top + 1))

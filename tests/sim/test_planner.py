@@ -181,7 +181,7 @@ class MadeUp:
 
 def searching(asked: PlanRequest, holds: Callable[[Pool], bool]) -> tuple[Search, MadeUp]:
     trials = MadeUp(asked, holds)
-    return Search(asked, trials, lambda pool: False, lambda model, most: 1), trials  # type: ignore[arg-type]
+    return Search(asked, trials, lambda pool: False, lambda model, most: 1, lambda model: ""), trials  # type: ignore[arg-type]
 
 
 def size(pool: Pool) -> int:
@@ -407,6 +407,15 @@ def test_an_objective_that_loads_alone_break_has_no_answer_but_one_in_reach() ->
 def test_what_is_wrong_with_a_request_is_named_with_the_remedy(changes: dict[str, object], part: str) -> None:
     with pytest.raises(ValueError, match=re.escape(part)):
         request(**changes)
+
+
+def test_a_gpu_model_that_the_tasks_do_not_fit_is_left_out_with_the_reason() -> None:
+    base = SimulationConfig(synthetic_tasks=40, rate_scale=20, forecaster="none", profile="fifo")
+    asked = PlanRequest(base, (parse("p50_wait<300s"),), (Price("t4", 0.35), A100), seeds=2, sensitivity=False)
+    found = plan(asked, jobs=1)
+    assert found.answer is not None
+    assert dict(found.answer.pool).keys() == {"a100"}
+    assert "100% of the tasks do not fit; they ask for up to 24 GiB of a GPU's memory (it has 16)" in found.pure[0].why
 
 
 def test_a_class_that_nobody_is_in_is_refused_by_name() -> None:
