@@ -21,7 +21,7 @@ from sim.draws import unit
 from sim.timeline import PodRecord, RunRecord, TaskRecord, TimelineError
 
 MAX_SLICES = 50_000
-"""Runs and Pods that a file shows; about 40 MB of JSON."""
+"""Runs and Pods that a file shows; about 30 MB of JSON."""
 _MAX_POINTS = 20_000
 _CLUSTER = 1
 _CUSTOMERS = 2
