@@ -278,6 +278,8 @@ class Backlog:
 
     def check_pod(self, pod: Pod, at: Micros) -> None:
         """Look at a Pod at a time."""
+        if self.waiting is not None:
+            self.waiting.touched(pod)
         self.timers.watch_pod(pod, at)
 
     def task_due(self, task: Task, at: Micros) -> None:

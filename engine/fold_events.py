@@ -70,6 +70,9 @@ def task_estimated(state: State, now: Micros, e: ev.TaskEstimated) -> None:
     task.take_estimate(e.estimate)
     if waits:
         state.watch.waits(task)
+    for number in task.pods:
+        if number in state.pods:
+            state.watch.pod_changed(state.pods[number])
 
 
 def task_revived(state: State, now: Micros, e: ev.TaskRevived) -> None:

@@ -37,15 +37,16 @@ class Reservation:
 class Plan:
     """The reservations of one step."""
 
-    __slots__ = ("_ends", "_idle_goes", "_lines", "_soonest", "_turn", "made", "rows")
+    __slots__ = ("_ends", "_idle_goes", "_lines", "_needs", "_soonest", "_turn", "made", "rows")
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self._ends: dict[int, list[Release]] = {}
         self._lines: dict[int, Timeline | None] = {}
         """By row; None for nodes whose devices must be looked at one by one."""
-        self._soonest: dict[Fit, dict[int, tuple[Micros, Micros]]] = {}
-        """Per demand and row, (run time, start) of the last answer: as reservations are added, no longer run starts sooner."""
+        self._needs: dict[tuple[Fit, int], Need] = {}
+        self._soonest: dict[tuple[Fit, Micros], dict[int, Micros]] = {}
+        """Per demand and least run time, by row: when such a run could start when that was asked last."""
         self._idle_goes = turn.profile.reclaim_idle
         self.rows: dict[int, list[Reservation]] = {}
         self.made = 0
@@ -71,7 +72,7 @@ class Plan:
         now = self._turn.now
         line = self._line(node) if _counts(fit) else None
         if line is not None:
-            return line.holds(self._need(node, fit, count), now, now + run_us)
+            return line.holds(self._need(fit, count), now, now + run_us)
         return self._holds(node, Reservation(now, now + run_us, fit, count))
 
     def allows_in(self, pod: Pod, run_us: Micros) -> bool:
@@ -81,7 +82,7 @@ class Plan:
         line, until = self._line(pod.node), self._turn.now + run_us
         if line is not None:
             amounts = self._turn.state.cluster.amounts(pod.demand)
-            return line.holds(held_by(amounts, pod.grants, len(pod.node.free)), self.ends_at(pod), until)
+            return line.holds(held_by(amounts, pod.grants), self.ends_at(pod), until)
         return self._holds(pod.node, None, pod.number, until)
 
     def blamed(self, node: Node) -> str:
@@ -139,8 +140,7 @@ class Plan:
             self.rows.setdefault(row, []).append(Reservation(start, end, line.fit, count, task.req_no))
             counted = self._lines.get(row)
             if counted is not None and _counts(line.fit):
-                node = self._turn.state.cluster.nodes[row]
-                counted.take(start, end, self._need(node, line.fit, count))
+                counted.take(start, end, self._need(line.fit, count))
             else:
                 self._lines.pop(row, None)
         self.made += 1
@@ -173,19 +173,56 @@ class Plan:
 
     def _earliest_on_one(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
         run_us = self.duration(task)
+        if count == 1 and _counts(line.fit):
+            return self._earliest_by_count(task, line, run_us)
         best, row = NEVER, -1
-        known = self._soonest.setdefault(line.fit, {}) if count == 1 else {}
         for node in self._nodes(task, line):
-            ran, at_least = known.get(node.index, (NEVER, 0))
-            if run_us >= ran and at_least >= best:
-                continue
             if count > 1 and places_on(self._turn.state.cluster, node, line.fit.demand, count) < count:
                 continue
             start = self._first_time(node, line.fit, count, run_us, best)
-            known[node.index] = (run_us, min(start, best))
             if start < best:
                 best, row = start, node.index
         return None if row < 0 else (best, {row: count})
+
+    def _earliest_by_count(self, task: Task, line: RoomLine, run_us: Micros) -> tuple[Micros, dict[int, int]] | None:
+        """Ask the nodes' timelines, those first that had room soonest when they were asked last.
+
+        What was answered stays a bound: without reservations until something on the node changes, also in later steps; with them as
+        long as this plan only grows, for runs that are no shorter.
+        """
+        fit, soon = line.fit, self._turn.now + 1
+        need, least = self._need(fit, 1), 1 << (run_us.bit_length() - 1)
+        bounds, always = self._soonest.setdefault((fit, least), {}), self._known(fit)
+        order = sorted((max(bounds.get(n.index, 0), always.get(n.index, 0)), n.index) for n in self._nodes(task, line))
+        best, row = NEVER, -1
+        for at_least, index in order:
+            if (at_least, index) >= (best, row) and row >= 0:
+                break
+            node = self._turn.state.cluster.nodes[index]
+            counted = self._line(node)
+            if counted is None:
+                start = self._first_time(node, fit, 1, run_us, best)
+            elif index not in self.rows:
+                start = bounds[index] = counted.earliest(need, 1, soon, NEVER)
+                if not self._turn.state.claims:
+                    always[index] = start
+            else:
+                start = bounds[index] = counted.earliest(need, least, soon, NEVER)
+                if start <= best and start != NEVER and least != run_us:
+                    start = counted.earliest(need, run_us, start, min(best + 1, NEVER))
+            if start < best or (start == best != NEVER and index < row):
+                best, row = start, index
+        return None if row < 0 else (best, {row: 1})
+
+    def _known(self, fit: Fit) -> dict[int, Micros]:
+        """Return, by row, when a demand has room at the soonest if nothing is reserved, as far as earlier steps found out.
+
+        Ends that are expected only move backwards while nothing changes on a node, unless deployments decide which Pods stay.
+        """
+        waiting = self._turn.backlog.waiting
+        if waiting is None or self._turn.state.deployments:
+            return {}
+        return waiting.soonest(fit)
 
     def _earliest_anywhere(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
         """Take the first moment at which enough nodes together have room."""
@@ -195,7 +232,7 @@ class Plan:
             if node.index not in self.rows:
                 counted = self._line(node) if _counts(line.fit) else None
                 if counted is not None:
-                    need = self._need(node, line.fit, 1)
+                    need = self._need(line.fit, 1)
                     times = counted.offers(need, count, self._turn.now + 1, NEVER)
                 else:
                     times = self._times(node, line.fit, count)
@@ -231,7 +268,7 @@ class Plan:
         """Return when a node first has room for `count` Pods that stay for `run_us`, if that is sooner than `before`."""
         line = self._line(node) if _counts(fit) else None
         if line is not None:
-            return line.earliest(self._need(node, fit, count), run_us, self._turn.now + 1, before)
+            return line.earliest(self._need(fit, count), run_us, self._turn.now + 1, before)
         if node.index not in self.rows:
             times = self._times(node, fit, count, before)
             return times[count - 1] if len(times) >= count else NEVER
@@ -310,15 +347,19 @@ class Plan:
             cluster.suppose(node, grants, held, sign)
         return good
 
-    def _need(self, node: Node, fit: Fit, count: int) -> Need:
-        return need_of(self._turn.state.cluster.amounts(fit.demand), fit.demand, len(node.free), count)
+    def _need(self, fit: Fit, count: int) -> Need:
+        need = self._needs.get((fit, count))
+        if need is None:
+            need = need_of(self._turn.state.cluster.amounts(fit.demand), fit.demand, count)
+            self._needs[fit, count] = need
+        return need
 
     def _line(self, node: Node) -> Timeline | None:
         """Return a node's timeline, or None where counts do not say whether something fits."""
         row = node.index
         if row in self._lines:
             return self._lines[row]
-        cluster, line, width = self._turn.state.cluster, None, len(node.free)
+        cluster, line = self._turn.state.cluster, None
         reserved = self.rows.get(row, ())
         claims = self._turn.state.claims
         whole = not claims or all(
@@ -327,9 +368,9 @@ class Plan:
         if whole and is_uniform(node) and all(_counts(each.fit) for each in reserved):
             line = Timeline(node, self._turn.now)
             for at, _, grants, held in self._releases(node):
-                line.release(at, held_by(cluster.amounts(held), grants, width))
+                line.release(at, held_by(cluster.amounts(held), grants))
             for each in reserved:
-                line.take(each.start, each.end, self._need(node, each.fit, each.count))
+                line.take(each.start, each.end, self._need(each.fit, each.count))
         self._lines[row] = line
         return line
 

@@ -1,7 +1,7 @@
 """What is free on one node from now on, as counts over time: for nodes on which only whole GPUs are given, where counts are exact.
 
-Devices of such a node can stand in for each other, so whether something fits is a matter of numbers, and the earliest time is one pass
-over the moments at which anything changes. Where GPUs are shared, `reservations` plays the node forward device by device.
+Devices of such a node can stand in for each other, so whether something fits is a matter of numbers, and the earliest time is one
+pass over the moments at which anything changes. Where GPUs are shared, `reservations` plays the node forward device by device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.resources import WHOLE_GPU, Demand, GpuGrant
 from engine.tasks import NEVER, Micros
 
 Need = list[tuple[int, int]]
-"""(column, amount); GPUs are the last column, in whole ones."""
+"""(column, amount); column 0 is whole GPUs, the cluster's columns follow."""
 
 
 def is_uniform(node: Node) -> bool:
@@ -36,7 +36,7 @@ class Timeline:
 
     def __init__(self, node: Node, now: Micros) -> None:
         self._times: list[Micros] = [now]
-        self._free: list[list[int]] = [[*node.free, sum(gpu.share_free for gpu in node.gpus) // WHOLE_GPU]]
+        self._free: list[list[int]] = [[sum(gpu.share_free for gpu in node.gpus) // WHOLE_GPU, *node.free]]
 
     def release(self, at: Micros, need: Need) -> None:
         """Note that something becomes free; calls come in the order of time."""
@@ -66,7 +66,7 @@ class Timeline:
         return index
 
     def earliest(self, need: Need, run_us: Micros, soon: Micros, before: Micros) -> Micros:
-        """Return the first time from `soon` on, sooner than `before`, at which a need fits for so long; NEVER when there is none."""
+        """Return the first time from `soon` on, but before `before`, at which a need fits for so long; else NEVER."""
         times, free = self._times, self._free
         index = bisect_right(times, soon) - 1
         start, count = soon, len(times)
@@ -112,17 +112,17 @@ class Timeline:
         return found
 
 
-def need_of(amounts: Sequence[tuple[int, int]], demand: Demand, gpus_at: int, count: int = 1) -> Need:
+def need_of(amounts: Sequence[tuple[int, int]], demand: Demand, count: int = 1) -> Need:
     """Return a demand, or several of it, as columns and amounts."""
-    need = [(column, amount * count) for column, amount in amounts]
+    need = [(column + 1, amount * count) for column, amount in amounts]
     if demand.gpus:
-        need.append((gpus_at, demand.gpus * count))
+        need.insert(0, (0, demand.gpus * count))
     return need
 
 
-def held_by(amounts: Sequence[tuple[int, int]], grants: Sequence[GpuGrant], gpus_at: int) -> Need:
+def held_by(amounts: Sequence[tuple[int, int]], grants: Sequence[GpuGrant]) -> Need:
     """Return what a Pod or a claim holds, as columns and amounts."""
-    need = list(amounts)
+    need = [(column + 1, amount) for column, amount in amounts]
     if grants:
-        need.append((gpus_at, len(grants)))
+        need.append((0, len(grants)))
     return need

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 
 from engine.entities import Pod, Task
-from engine.fit import places_on
+from engine.fit import Fit, places_on
 from engine.kinds import RoomLine, WarmLine
 from engine.levels.accounts import Accounts
 from engine.levels.quotas import Balance
@@ -60,6 +60,9 @@ class Waiting:
         self.state = state
         self.buckets: dict[tuple[tuple[Line, ...], int, int], Bucket] = {}
         self._where: dict[int, tuple[Bucket, Entry]] = {}
+        self._touched: dict[int, None] = {}
+        self._soonest: dict[Fit, dict[int, Micros]] = {}
+        self._epoch, self._cursor = -1, 0
         self._able: dict[Demand, list[bool]] = {}
         self._topology = -1
         self._groups = profile.ordering.fair_groups
@@ -88,6 +91,8 @@ class Waiting:
         self.blocked.clear()
         self.making.clear()
         self.held_back.clear()
+        self._touched.clear()
+        self._soonest.clear()
         self.all_may_start = True
         self.accounts = Accounts(self.state) if self._needs_accounts else None
 
@@ -117,8 +122,29 @@ class Waiting:
 
     def pod_changed(self, pod: Pod) -> None:
         """Take in that slots of a Pod were taken or freed."""
+        self._touched[pod.node.index] = None
         if self.accounts is not None:
             self.accounts.pod_changed(pod)
+
+    def touched(self, pod: Pod) -> None:
+        """Note that a Pod may end sooner than was expected: attempts in it are stopped, or have another estimate."""
+        self._touched[pod.node.index] = None
+
+    def soonest(self, fit: Fit) -> dict[int, Micros]:
+        """Return what is known about when a demand has room, by row; what changed since then is forgotten here."""
+        cluster = self.state.cluster
+        whole = self._epoch != cluster.epoch or len(self._soonest) > 1_000
+        if whole:
+            self._soonest.clear()
+        else:
+            rows = dict.fromkeys(cluster.changes[self._cursor :])
+            rows.update(self._touched)
+            for known in self._soonest.values():
+                for row in rows:
+                    known.pop(row, None)
+        self._touched.clear()
+        self._epoch, self._cursor = cluster.epoch, len(cluster.changes)
+        return self._soonest.setdefault(fit, {})
 
     def able(self, demand: Demand) -> list[bool]:
         """Tell of every node whether it could hold a Pod of a demand, were it empty."""
