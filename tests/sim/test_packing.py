@@ -83,11 +83,23 @@ def test_no_node_ever_holds_more_than_it_has(experiment: packing.Experiment, nam
     assert placed.tolist() == packing.placements(experiment, name, offered, seeds, tie, lambda *_: None).tolist()
 
 
-def test_a_run_does_not_depend_on_the_runs_beside_it(experiment: packing.Experiment) -> None:
-    alone = packing.run_policy(experiment, "fgd", [3])
-    among = packing.run_policy(experiment, "fgd", list(range(13)))
-    assert among.allocated[100][3] == alone.allocated[100][0]
-    assert among.allocated[130][3] == alone.allocated[130][0]
+@pytest.mark.parametrize("tie", ["name", "random"])
+@pytest.mark.parametrize("name", packing.POLICIES)
+def test_a_run_does_not_depend_on_the_runs_beside_it(experiment: packing.Experiment, name: str, tie: str) -> None:
+    offered = packing.sequences(experiment, range(13))
+    among = packing.placements(experiment, name, offered, range(13), tie, lambda *_: None)
+    alone = packing.placements(experiment, name, offered[3:4], [3], tie, lambda *_: None)
+    assert among[3].tolist() == alone[0].tolist()
+
+
+def test_a_pod_with_more_gpus_than_any_node_or_a_model_that_no_node_has_is_dropped() -> None:
+    pods = [*PODS, PodRow("wide", 1_000, 1, 16, 1_000), PodRow("odd", 1_000, 1, 1, 500, ("H800",))]
+    experiment = packing.prepare(NODES, pods)
+    offered = experiment.kinds[None, :]
+    for name in packing.POLICIES:
+        placed = packing.placements(experiment, name, offered, [1], "name", lambda *_: None)[0]
+        assert placed[-2:].tolist() == [-1, -1]
+        assert (placed[:-2] >= 0).sum() > 10
 
 
 def test_what_is_given_away_follows_what_is_asked_for_until_the_cluster_is_full(experiment: packing.Experiment) -> None:
