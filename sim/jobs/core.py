@@ -14,8 +14,9 @@ from typing import Any, Final
 import simpy
 
 from sim.jobs.line import NONE, SizeLine
-from sim.jobs.nodes import BEST_FIT, WORST_FIT, Nodes, Pieces
+from sim.jobs.nodes import Nodes, Pieces
 from sim.jobs.processors import Groups, Processors
+from sim.jobs.promise import on_any, on_one, on_several
 
 BLOCKING: Final = 0
 SKIP: Final = 1
@@ -287,7 +288,7 @@ class JobCore:
     def _fill_all(self, now: int) -> None:
         """Start whoever may go ahead of the first, in the order of the line."""
         window = self._shadow - now if self.backfill == EASY else NONE - 1
-        on_one = self.nodes.per_node if self.processors is None else self.processors.total_free
+        within = self.nodes.per_node if self.processors is None else self.processors.total_free
         while True:
             best = NONE
             anywhere, beside = self._rooms()
@@ -300,7 +301,7 @@ class JobCore:
                     continue
                 longest = NONE - 1
                 if gpus > beside:
-                    if gpus <= on_one:
+                    if gpus <= within:
                         longest = window
                     elif self._pick_whole_beside(gpus) is None:
                         longest = window if self.nodes.pick_whole(gpus) is not None else -1
@@ -361,71 +362,10 @@ class JobCore:
         """Find when and where the first in line will have its room if running jobs take as long as expected."""
         self._reserved_for = rank
         self._stale = False
-        self._closed, self._extra_node, self._extra = 0, -1, 0
         if self.processors is not None:
-            self._reserve_any(gpus, self.processors.total_free, now)
+            found = on_any(gpus, now, self._ends, self.gpus, self.processors.total_free)
+        elif gpus <= self.nodes.per_node:
+            found = on_one(gpus, now, self._ends, self.gpus, self.nodes, self.node, self.pieces)
         else:
-            self._reserve_nodes(gpus, now)
-
-    def _reserve_any(self, gpus: int, free: int, now: int) -> None:
-        at = now
-        for expected, job in self._ends:
-            if free >= gpus and expected > at:
-                break
-            free += self.gpus[job]
-            at = max(at, expected)
-        self._shadow = at
-        self._extra = free - gpus
-
-    def _reserve_nodes(self, gpus: int, now: int) -> None:
-        nodes, ends = self.nodes, self._ends
-        free = nodes.free.copy()
-        position, count = 0, len(ends)
-        while position < count:
-            at = max(ends[position][0], now)
-            touched: list[int] = []
-            while position < count and ends[position][0] <= at:
-                job = ends[position][1]
-                where = self.node[job]
-                for node, amount in ((where, self.gpus[job]),) if where >= 0 else self.pieces[job]:
-                    free[node] += amount
-                    touched.append(node)
-                position += 1
-            if gpus > nodes.per_node:
-                if self._reserve_whole(gpus, free):
-                    self._shadow = at
-                    return
-                continue
-            found = [node for node in touched if free[node] >= gpus]
-            if found:
-                node = min(found, key=lambda node: (self._taste(free[node]), node))
-                self._shadow, self._closed = at, 1 << node
-                self._extra_node, self._extra = node, free[node] - gpus
-                return
-        raise AssertionError(
-            f"a job of {gpus} GPUs finds no room though everything ends; report this with the workload"
-        )
-
-    def _taste(self, free: int) -> int:
-        if self.nodes.placement == BEST_FIT:
-            return free
-        return -free if self.nodes.placement == WORST_FIT else 0
-
-    def _reserve_whole(self, gpus: int, free: list[int]) -> bool:
-        per_node = self.nodes.per_node
-        whole, rest = divmod(gpus, per_node)
-        empty = [node for node, amount in enumerate(free) if amount == per_node]
-        if len(empty) < whole:
-            return False
-        closed = 0
-        for node in empty[:whole]:
-            closed |= 1 << node
-        if rest:
-            others = [node for node in range(len(free)) if not closed >> node & 1 and free[node] >= rest]
-            if not others:
-                return False
-            node = min(others, key=lambda node: (-free[node], node))
-            closed |= 1 << node
-            self._extra_node, self._extra = node, free[node] - rest
-        self._closed = closed
-        return True
+            found = on_several(gpus, now, self._ends, self.gpus, self.nodes, self.node, self.pieces)
+        self._shadow, self._closed, self._extra_node, self._extra = found

@@ -75,7 +75,9 @@ class Jobs:
         )
 
     def of_tenant(self, tenant: str) -> Jobs:
-        """Return one tenant's jobs."""
+        """Return one tenant's jobs; raises `WorkloadError` for one that is not there."""
+        if tenant not in self.tenants:
+            raise WorkloadError(f"tenant: there is no {tenant!r}; known are {', '.join(self.tenants[:20])}")
         return self.only(self.tenant == self.tenants.index(tenant))
 
 

@@ -269,6 +269,8 @@ def test_tasks_of_the_platform_become_jobs() -> None:
     row = (jobs.submit_us, jobs.run_us, jobs.gpus, jobs.estimate_us, jobs.priority)
     assert [int(column[0]) for column in row] == [5, 40, 6, 90, 7]
     assert (jobs.tenants, jobs.names) == (("t",), ("r1",))
+    with pytest.raises(WorkloadError, match="tenant: there is no 'u'; known are t"):
+        jobs.of_tenant("u")
     with pytest.raises(WorkloadError, match="task r1 brings no run time"):
         from_workload(Workload("w", (Arrival(5, spec),)))
 
