@@ -33,7 +33,7 @@ def preempt_by_rank(turn: Turn, waiting: Waiting) -> None:
 class _Exchange:
     """One step's preemptions."""
 
-    __slots__ = ("_changes_at", "_freeing", "_running", "_turn", "_waiting", "_young_at")
+    __slots__ = ("_changes_at", "_freeing", "_ranked", "_running", "_turn", "_waiting", "_young_at")
 
     def __init__(self, turn: Turn, waiting: Waiting) -> None:
         self._turn = turn
@@ -45,6 +45,11 @@ class _Exchange:
         self._running: dict[int, Task] = {}
         """Tasks that may be stopped, by sequence number."""
         self._look()
+        policy, now = turn.profile.ordering, turn.now
+        self._ranked = sorted(
+            (-policy.standing(task, now), loss_of(turn, task), -seq, task) for seq, task in self._running.items()
+        )
+        """(standing, the largest first; loss; the younger first; task)."""
 
     def _look(self) -> None:
         """Find who may be stopped, and what is being freed already."""
@@ -127,15 +132,20 @@ class _Exchange:
     def _victims(self, task: Task) -> list[Task]:
         """Return the tasks that may go for one, those that rank last first; of equals the cheaper and the younger."""
         turn, policy, balance = self._turn, self._turn.profile.ordering, self._waiting.balance
-        now = turn.now
+        now, least = turn.now, turn.profile.reload_us
         found = []
-        for other in self._running.values():
-            loss = loss_of(turn, other)
-            wins = policy.preemptive and policy.outranks(task, other, now, loss)
-            if wins or (balance is not None and balance.may_reclaim(task, other)):
-                found.append((-policy.standing(other, now), loss, -other.seq, other))
-        found.sort()
-        return [each[3] for each in found]
+        wins = policy.preemptive
+        for _, loss, _, other in self._ranked:
+            if other.seq not in self._running:
+                continue
+            wins = wins and policy.outranks(task, other, now, least)
+            if not wins and balance is None:
+                break
+            if (wins and (loss == least or policy.outranks(task, other, now, loss))) or (
+                balance is not None and balance.may_reclaim(task, other)
+            ):
+                found.append(other)
+        return found
 
     def _serves(self, victim: Task, task: Task, room: RoomLine, shape: Shape) -> bool:
         """Tell whether the victim's Pod would serve the task as it is."""

@@ -12,6 +12,9 @@ from engine.tasks import NEVER, SECOND, URGENT_PRIORITY, Micros
 URGENT, AGED, ORDINARY = range(3)
 """The bands. The aged stand among themselves by their key alone, whoever they belong to."""
 
+_BAND = NEVER << 16
+"""More than any key."""
+
 GPUS = -1
 """The column of GPUs, in thousandths, in what tenants hold; the others are the cluster's."""
 
@@ -87,7 +90,10 @@ class Ordering(Protocol):
         ...
 
     def standing(self, running: Task, now: Micros) -> int:
-        """Return how far behind a running task ranks: of several that may go, the largest goes first."""
+        """Return how far behind a running task ranks: of several that may go, the largest goes first.
+
+        It has to agree with `outranks`: at the same loss, whoever is outranked is so at every larger standing as well.
+        """
         ...
 
     def next_change_at(self, running: Task, now: Micros) -> Micros:
@@ -131,8 +137,9 @@ class Policy:
         return self.rank(waiting, now) < self.rank(running, now)
 
     def standing(self, running: Task, now: Micros) -> int:
-        """Rank running tasks by their keys."""
-        return self.rank(running, now)[1]
+        """Rank running tasks by their bands, then by their keys."""
+        band, key = self.rank(running, now)
+        return band * _BAND + key
 
     def next_change_at(self, running: Task, now: Micros) -> Micros:
         """Nothing changes by time alone."""
