@@ -18,6 +18,7 @@ from predictors.forecaster import OnlineForecaster
 from sim.draws import choice, exponential, lognormal, unit
 from sim.fork import Change, Fork, ForkError, Pool, changed_nodes, future_arrivals, run_forward
 from sim.hardware import GPU_MODELS, Hardware
+from sim.simulate import SimulationConfig, simulate
 from sim.whatif import ALL, compare_futures, describe, render
 from sim.workload import Arrival, Truth, Workload
 from sim.world import SimWorld, run
@@ -32,12 +33,14 @@ NODES = tuple(
 )
 
 
-def production(load: float = 1.1, tasks: int = 400, stop_at: int = 250, seed: int = 1) -> list[Record]:
+def production(
+    load: float = 1.1, tasks: int = 400, stop_at: int = 250, seed: int = 1, and_then_s: int = 0, sigma: float = 0.4
+) -> list[Record]:
     """Let a stand-in for production run 400 tasks of 20 s, and cut its journal in the middle: a queue, and six GPUs at work."""
     at, arrivals = 0.0, []
     for number in range(tasks):
         at += exponential(20 / (6 * load), seed, "gap", number)
-        work_us = round(20 * SECOND * lognormal(0.4, seed, "work", number))
+        work_us = round(20 * SECOND * lognormal(sigma, seed, "work", number))
         task = TaskSpec(
             f"r{number}",
             ("art", "ads", "lab")[choice(3, seed, "tenant", number)],
@@ -52,7 +55,7 @@ def production(load: float = 1.1, tasks: int = 400, stop_at: int = 250, seed: in
         arrivals.append(Arrival(round(at * SECOND), task, Truth(work_us, peak_gpu_memory_bytes=1 << 30)))
     world = SimWorld(simpy.Environment(), Hardware(NODES), Workload("stand-in", tuple(arrivals)), seed)
     journal, forecaster = MemoryJournal(), OnlineForecaster()
-    run(Engine(AIGC), world, forecaster.watching(journal), forecaster, arrivals[stop_at].at + 1)
+    run(Engine(AIGC), world, forecaster.watching(journal), forecaster, arrivals[stop_at].at + 1 + and_then_s * SECOND)
     return journal.records
 
 
@@ -251,3 +254,52 @@ def test_impossible_changes_name_the_field_and_the_remedy(fork: Fork) -> None:
         compare_futures(fork, Change(AIGC), Change(AIGC), seeds=1)
     with pytest.raises(ForkError, match="hours"):
         compare_futures(fork, Change(AIGC), Change(AIGC), hours=-1)
+
+
+def test_a_fork_foretells_how_the_queue_was_really_worked_off() -> None:
+    records = production(load=1.2, tasks=300, stop_at=299, sigma=0.1)
+    fork = Fork.of(None, records)
+    waiting = live(fork)
+    assert len(waiting) > 30
+    truth = {
+        event.req_no: record.now - fork.now
+        for record in production(load=1.2, tasks=300, stop_at=299, sigma=0.1, and_then_s=3600)
+        for event in record.events
+        if isinstance(event, TaskFinished) and event.req_no in waiting
+    }
+    assert truth.keys() == waiting.keys(), "nothing else arrived, so the queue was worked off"
+    answer = compare_futures(fork, Change(AIGC), Change(AIGC), hours=0, seeds=3)
+    foretold = next(line for line in answer.lines if (line.tenant, line.measure) == (ALL, "mean completion, s"))
+    assert foretold.unchanged == pytest.approx(sum(truth.values()) / len(truth) / SECOND, rel=0.05)
+
+
+@pytest.mark.parametrize("eighth", [1, 3, 6])
+def test_a_fork_in_the_midst_of_failures_ends_everything_and_keeps_the_state_sound(
+    eighth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Checking(Engine):
+        def step(self, now: int, events: Sequence[Event]) -> Sequence[Command]:
+            commands = super().step(now, events)
+            invariants.check(self.state)
+            return commands
+
+    kept = MemoryJournal()
+    config = SimulationConfig(
+        synthetic_tasks=120,
+        nodes=3,
+        gpus_per_node=2,
+        rate_scale=250,
+        slots=2,
+        attempt_crash_ppm=60_000,
+        mtbf_hours=2.0,
+        mttr_minutes=5,
+        gpu_mtbf_hours=3,
+        urgent_share=0.2,
+    )
+    simulate(config, journal=kept)
+    fork = Fork.of(None, kept.records, kept.records[len(kept.records) * eighth // 8].now)
+    monkeypatch.setattr("sim.fork.Engine", Checking)
+    seen = Watched(fork)
+    world = run_forward(fork, Change(AIGC, load=1.5), seen, seed=1, window_us=300 * SECOND, horizon_us=60 * SECOND)
+    assert live(fork).keys() <= seen.ends.keys()
+    assert world.open_tasks == {}
