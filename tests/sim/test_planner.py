@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from engine.resources import Demand
 from engine.tasks import SECOND, Affinity, TaskSpec, TaskType
 from sim.draws import exponential
 from sim.planner import PlanError, PlanRequest, plan, report
+from sim.planner import runs as runs_module
 from sim.planner.bounds import Bound
 from sim.planner.objectives import parse
 from sim.planner.request import Pool
@@ -315,12 +317,25 @@ def test_every_assumption_is_varied_and_the_widest_comes_first(planned: Plan) ->
     assert by_name["load times"].low < by_name["load times"].high
 
 
-def test_equal_requests_give_equal_plans_whatever_the_processes_and_the_store(tmp_path: Path) -> None:
+def test_equal_requests_give_equal_plans_whatever_the_processes_and_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    work_through = runs_module.work_through
+
+    def counted(order: Any, run: Any, jobs: int, finished: Any) -> None:
+        started.append(jobs)
+        work_through(order, run, jobs, finished)
+
+    monkeypatch.setattr(runs_module, "work_through", counted)
+    monkeypatch.setattr(runs_module, "_WORTH_PROCESSES_S", 0.3)
     asked = request(workload=poisson(150, 0.5, 10.0), seeds=3)
     first = plan(asked, jobs=1)
     second = plan(asked, jobs=2, store=tmp_path / "runs.jsonl")
     third = plan(asked, jobs=1, store=tmp_path / "runs.jsonl")
     assert first.to_json() == second.to_json() == third.to_json()
+    assert started
+    assert set(started) == {2}
     assert second.reused == 0
     assert third.reused == third.runs == second.runs
 
