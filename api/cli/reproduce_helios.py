@@ -30,9 +30,8 @@ def helios(
 
     Example: `aigc reproduce helios --policy sjf --trace philly_2017-10_2017-11.csv.gz --clusters philly_vc.csv`
     """
-    from sim.jobs import from_workload
     from sim.jobs.helios import HELIOS_POLICIES, read_clusters, reproduce
-    from sim.readers import registry
+    from sim.jobs.philly import read_philly
 
     if policy not in HELIOS_POLICIES:
         fail(f"--policy: unknown {policy!r}; known are {', '.join(HELIOS_POLICIES)}", Exit.USAGE)
@@ -45,7 +44,7 @@ def helios(
     try:
         with progress_bar("reading the trace") as update:
             nodes = read_clusters(sizes)
-            jobs = from_workload(registry.read(path))
+            jobs = read_philly(path)
         with progress_bar("simulating") as update:
             rows = reproduce(jobs, nodes, policy, update)
     except ValueError as error:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sim.jobs import Jobs, from_workload, make_jobs, simulate_jobs
 from sim.jobs.helios import HELIOS_POLICIES, read_clusters, reproduce
+from sim.jobs.philly import read_philly
 from sim.readers import registry
 from sim.workload import WorkloadError
 
@@ -24,7 +25,7 @@ def philly() -> Jobs:
     path = PHILLY / "philly_2017-10_2017-11.csv.gz"
     if not path.exists():
         pytest.skip("the Philly slice is not at shared/traces/philly beside the repository")
-    return from_workload(registry.read(path))
+    return read_philly(path)
 
 
 def test_fifo_on_three_virtual_clusters_is_the_artifacts_to_a_tenth_of_a_second(philly) -> None:
@@ -133,3 +134,30 @@ def test_columns_that_other_tables_use_are_understood(tmp_path) -> None:
     path.write_text("vc,nodes\nb,2\na,10\n")
     assert read_clusters(path) == {"b": 2, "a": 10}
     assert np.array(list(read_clusters(path).values())).sum() == 12
+
+
+HEADER = "vc,gpu_num,submit_time,duration_s\n"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "a,1,2017-10-01 00:00:45,30\nb,2,2017-10-01 00:00:40,61.5\na,0,2017-10-01 00:01:00,5\na,8,2017-10-01 00:00:45,0\n",
+        "a,1,2017-10-01 00:00:45,30\n\nb,2,2017-10-01 00:00:50,61\n",
+        " a,1,2017-10-01T00:00:45,30\nb,2,2017-10-01 00:00:50,61\n",
+    ],
+)
+def test_the_column_reader_reads_what_the_trace_reader_reads(rows, tmp_path) -> None:
+    path = tmp_path / "slice.csv"
+    path.write_text(HEADER + rows)
+    fast, slow = read_philly(path), from_workload(registry.read(path))
+    for column in ("submit_us", "run_us", "gpus", "estimate_us", "tenant"):
+        assert getattr(fast, column).tolist() == getattr(slow, column).tolist(), column
+    assert (fast.names, fast.tenants) == (slow.names, slow.tenants)
+
+
+def test_a_broken_row_of_a_slice_is_named(tmp_path) -> None:
+    path = tmp_path / "slice.csv"
+    path.write_text(HEADER + "a,1,2017-10-01 00:00:45,30\na,one,2017-10-01 00:00:45,30\n")
+    with pytest.raises(WorkloadError, match="line 3, gpu_num"):
+        read_philly(path)
