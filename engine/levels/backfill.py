@@ -13,6 +13,7 @@ from engine.entities import Node, Task
 from engine.kinds import RoomLine, Shape
 from engine.levels.choice import bind_warm, choose_node, room_version
 from engine.levels.creation import create_pod
+from engine.levels.endings import run_of
 from engine.levels.gangs import place_gang, place_gang_within
 from engine.levels.ordering import AGED
 from engine.levels.quotas import Balance, gpus_of
@@ -188,7 +189,7 @@ class _Round:
     def _start(self, bucket: Bucket, task: Task) -> bool:
         """Bind a task to a warm slot, to a new Pod, or to room that idle Pods make; tell whether that went."""
         shortest = self._refused.get(bucket.key)
-        run_us = self._plan.duration(task)
+        run_us = run_of(task)
         if shortest is not None and run_us >= shortest:
             return False
         shape: Shape = task.shape

@@ -11,8 +11,7 @@ from engine.cluster import Cluster
 from engine.entities import Node, Pod, Task
 from engine.kinds import Kind, RoomLine, Shape
 from engine.levels.quotas import gpus_of
-from engine.levels.reservations import room_for
-from engine.levels.room import claim
+from engine.levels.room import claim, room_for
 from engine.levels.victims import look_again, loss_of, placed, room_plan
 from engine.levels.waiting import Waiting
 from engine.reasons import Reason

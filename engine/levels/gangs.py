@@ -7,7 +7,8 @@ from engine.entities import Node, Pod, Task
 from engine.fit import places_on
 from engine.kinds import RoomLine, Shape
 from engine.levels.creation import create_pod
-from engine.levels.reservations import Plan, room_for
+from engine.levels.reservations import Plan
+from engine.levels.room import room_for
 from engine.levels.topology import close_together
 from engine.resources import GpuGrant
 from engine.tasks import Affinity, Micros, PodState, TaskState

@@ -1,9 +1,8 @@
 """Reservations: when and where tasks that find no room now will have it, and what others may do until then.
 
-Times follow from predictions: a running task ends when its estimate says, and no later than its run limit allows; one that has
-outlived its estimate is expected to need as long again as it overran. A plan is made anew in every step, from the state alone. It
-plays one node forward at a time on the node's plain values and takes everything back before it returns, so it sees real devices,
-not counts. As long as predictions hold, nobody who starts under a plan delays a reservation in it.
+Times follow from predictions (`endings`). A plan is made anew in every step, from the state alone. Where whole GPUs are given it
+counts (`timeline`); elsewhere it plays a node forward on the node's plain values, device by device, and takes everything back
+before it returns. As long as predictions hold, nobody who starts under a plan delays a reservation in it.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from heapq import heapify, heappop, heappush
 from engine.entities import Node, Pod, Task
 from engine.fit import Fit, places_on
 from engine.kinds import RoomLine, Shape
+from engine.levels.endings import Release, ends_at, releases, run_of
+from engine.levels.room import has_room
 from engine.levels.timeline import Need, Timeline, held_by, is_uniform, need_of
 from engine.resources import WHOLE_GPU, Demand, GpuGrant
-from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
+from engine.tasks import NEVER, Affinity, Micros
 from engine.turn import Turn
-
-Release = tuple[Micros, int, tuple[GpuGrant, ...], Demand]
-"""(when, number of the Pod, what becomes free then); a claim has the number 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Reservation:
 class Plan:
     """The reservations of one step."""
 
-    __slots__ = ("_ends", "_idle_goes", "_lines", "_needs", "_soonest", "_turn", "made", "rows")
+    __slots__ = ("_ends", "_lines", "_needs", "_soonest", "_turn", "made", "rows")
 
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
@@ -47,16 +45,9 @@ class Plan:
         self._needs: dict[tuple[Fit, int], Need] = {}
         self._soonest: dict[tuple[Fit, Micros], dict[int, Micros]] = {}
         """Per demand and least run time, by row: when such a run could start when that was asked last."""
-        self._idle_goes = turn.profile.reclaim_idle
         self.rows: dict[int, list[Reservation]] = {}
         self.made = 0
         """Tasks that have a reservation."""
-
-    def duration(self, task: Task) -> Micros:
-        """Return how long a waiting task will run by its prediction, less what a checkpoint holds, at most its run limit."""
-        left = max(1, task.predicted_us - task.kept_us)
-        limit = task.spec.run_limit_us
-        return left if limit is None else min(left, limit)
 
     def changed(self, node: Node) -> None:
         """Note that something was placed on a node."""
@@ -82,7 +73,7 @@ class Plan:
         line, until = self._line(pod.node), self._turn.now + run_us
         if line is not None:
             amounts = self._turn.state.cluster.amounts(pod.demand)
-            return line.holds(held_by(amounts, pod.grants), self.ends_at(pod), until)
+            return line.holds(held_by(amounts, pod.grants), ends_at(self._turn, pod), until)
         return self._holds(pod.node, None, pod.number, until)
 
     def blamed(self, node: Node) -> str:
@@ -110,7 +101,7 @@ class Plan:
         """Return as many of the idle Pods as a reservation needs to go, besides those that are going anyway."""
         cluster = self._turn.state.cluster
         going = [p for p in node.pods.values() if p.number not in self._turn.backlog.idle]
-        free = [p for p in going if self.ends_at(p) <= self._turn.now + 1]
+        free = [p for p in going if ends_at(self._turn, p) <= self._turn.now + 1]
         for pod in free:
             cluster.suppose(node, pod.grants, pod.demand, 1)
         gone: list[Pod] = []
@@ -135,7 +126,7 @@ class Plan:
         if found is None:
             return NEVER
         start, counts = found
-        end = start + self.duration(task)
+        end = start + run_of(task)
         for row, count in counts.items():
             self.rows.setdefault(row, []).append(Reservation(start, end, line.fit, count, task.req_no))
             counted = self._lines.get(row)
@@ -172,7 +163,7 @@ class Plan:
         ]
 
     def _earliest_on_one(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
-        run_us = self.duration(task)
+        run_us = run_of(task)
         if count == 1 and _counts(line.fit):
             return self._earliest_by_count(task, line, run_us)
         best, row = NEVER, -1
@@ -226,7 +217,7 @@ class Plan:
 
     def _earliest_anywhere(self, task: Task, line: RoomLine, count: int) -> tuple[Micros, dict[int, int]] | None:
         """Take the first moment at which enough nodes together have room."""
-        run_us = self.duration(task)
+        run_us = run_of(task)
         offers: list[tuple[Micros, int]] = []
         for node in self._nodes(task, line):
             if node.index not in self.rows:
@@ -374,80 +365,17 @@ class Plan:
         self._lines[row] = line
         return line
 
-    # --- when will others end? -----------------------------------------------------------------------------------------
-
     def _releases(self, node: Node) -> list[Release]:
-        """Return what becomes free on a node and when, the soonest first."""
         known = self._ends.get(node.index)
         if known is None:
-            known = [(self.ends_at(pod), pod.number, pod.grants, pod.demand) for pod in node.pods.values()]
-            if self._turn.state.claims:
-                known += self._claims(node)
-            known.sort(key=_by_time)
-            self._ends[node.index] = known
+            known = self._ends[node.index] = releases(self._turn, node)
         return known
-
-    def _claims(self, node: Node) -> list[Release]:
-        state, now = self._turn.state, self._turn.now
-        return [
-            (now + self.duration(state.tasks[claim.req_no]), 0, claim.grants, claim.demand)
-            for claim in state.claims.values()
-            if claim.node is node
-        ]
-
-    def ends_at(self, pod: Pod) -> Micros:
-        """Return when a Pod is expected to be gone if nobody else uses it; NEVER for one that is kept."""
-        turn = self._turn
-        soon = turn.now + 1
-        if pod.state is PodState.STOPPING or pod.claimed_by:
-            return soon
-        if pod.tasks:
-            tasks = turn.state.tasks
-            return max(self._task_ends_at(tasks[req_no], pod) for req_no in pod.tasks)
-        goes = self._idle_goes and not turn.is_kept(pod)
-        return soon if goes else NEVER
-
-    def _task_ends_at(self, task: Task, pod: Pod) -> Micros:
-        now = self._turn.now
-        if task.state is TaskState.STOPPING:
-            return now + 1
-        began = task.started_at or task.ordered_at or pod.created_at
-        end = began + max(1, task.predicted_us - task.kept_us)
-        if end <= now:
-            end = now + max(1, now - end)
-        limit = task.spec.run_limit_us
-        if limit is not None:
-            end = min(end, began + limit)
-        return max(end, now + 1)
 
 
 def _counts(fit: Fit) -> bool:
     """Tell whether a demand takes whole GPUs or none, on any node."""
     demand = fit.demand
     return not fit.empty and (not demand.gpus or demand.gpu_share == WHOLE_GPU)
-
-
-def has_room(turn: Turn, node: Node, fit: Fit, count: int) -> bool:
-    """Tell whether a node's plain values have room for `count` Pods of a demand."""
-    return room_for(turn, node, fit, count) == count
-
-
-def room_for(turn: Turn, node: Node, fit: Fit, most: int) -> int:
-    """Return for how many Pods of a demand, at most `most`, a node's plain values have room."""
-    cluster = turn.state.cluster
-    taken: list[tuple[GpuGrant, ...]] = []
-    while len(taken) < most and fit.fits(node):
-        grants = fit.grants(node)
-        assert grants is not None
-        cluster.suppose(node, grants, fit.demand, -1)
-        taken.append(grants)
-    for grants in taken:
-        cluster.suppose(node, grants, fit.demand, 1)
-    return len(taken)
-
-
-def _by_time(release: Release) -> tuple[Micros, int]:
-    return release[0], release[1]
 
 
 _NOTHING = Demand(gpus=0)

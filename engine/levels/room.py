@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.cluster import pick_gpus
 from engine.commands import Notify, PrefetchModel, Room
 from engine.entities import Node, Pod, Task
+from engine.fit import Fit
 from engine.kinds import RoomLine
 from engine.reasons import Reason
 from engine.resources import Demand, GpuGrant
@@ -104,3 +105,22 @@ def _try_empty(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, 
     for pod in victims:
         cluster.suppose(node, pod.grants, pod.demand, -1)
     return None if grants is None else (grants, victims)
+
+
+def has_room(turn: Turn, node: Node, fit: Fit, count: int) -> bool:
+    """Tell whether a node's plain values have room for `count` Pods of a demand."""
+    return room_for(turn, node, fit, count) == count
+
+
+def room_for(turn: Turn, node: Node, fit: Fit, most: int) -> int:
+    """Return for how many Pods of a demand, at most `most`, a node's plain values have room."""
+    cluster = turn.state.cluster
+    taken: list[tuple[GpuGrant, ...]] = []
+    while len(taken) < most and fit.fits(node):
+        grants = fit.grants(node)
+        assert grants is not None
+        cluster.suppose(node, grants, fit.demand, -1)
+        taken.append(grants)
+    for grants in taken:
+        cluster.suppose(node, grants, fit.demand, 1)
+    return len(taken)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine.entities import Node
 from engine.kinds import RoomLine
-from engine.levels.reservations import room_for
+from engine.levels.room import room_for
 from engine.resources import GpuGrant, NodeSpec
 from engine.turn import Turn
 
