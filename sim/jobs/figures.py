@@ -161,11 +161,15 @@ def _contended(
     """Return the hours in which at least two tenants had jobs waiting, and each tenant's service in that time."""
     at, change = np.concatenate((submit, start)), _plus_minus(np.ones(len(submit), np.int64))
     whose = np.concatenate((tenant, tenant))
+    order = np.argsort(whose, kind="stable")
+    bounds = np.searchsorted(whose[order], np.arange(tenants + 1))
     in_need_at, in_need = [], []
     for row in range(tenants) if tenants > 1 else ():
-        mine = whose == row
+        mine = order[bounds[row] : bounds[row + 1]]
+        if not len(mine):
+            continue
         steps = _Steps(at[mine], change[mine])
-        last_of_moment = np.concatenate((np.diff(steps.at) > 0, [True])) if len(steps.at) else np.zeros(0, bool)
+        last_of_moment = np.concatenate((np.diff(steps.at) > 0, [True]))
         waits = (steps.value[last_of_moment] > 0).astype(np.int64)
         in_need_at.append(steps.at[last_of_moment])
         in_need.append(np.diff(waits, prepend=0))

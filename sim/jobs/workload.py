@@ -15,6 +15,7 @@ from engine.tasks import SECOND, Estimate, Quantiles, TaskSpec, TaskType
 from sim.workload import Workload, WorkloadError
 
 Ints = npt.NDArray[np.int64]
+_LONGEST_US = 2**58
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,10 @@ class Jobs:
             raise WorkloadError(f"names: has {len(self.names)} entries for {count} jobs; give one each, or none at all")
         for name, least in (("submit_us", 0), ("run_us", 0), ("estimate_us", 0), ("gpus", 1)):
             self._check(name, getattr(self, name) < least, f"must be at least {least}")
+        for name in ("submit_us", "run_us", "estimate_us"):
+            self._check(
+                name, getattr(self, name) >= _LONGEST_US, "is more than any simulation lasts; give microseconds"
+            )
         if count and (self.tenant.min() < 0 or self.tenant.max() >= len(self.tenants)):
             raise WorkloadError(f"tenant: must be a row of tenants, 0 to {len(self.tenants) - 1}")
         if count > 1:

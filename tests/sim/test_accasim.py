@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +103,10 @@ def test_unknown_values_mean_the_same_to_both_readers(line, tmp_path) -> None:
     for column in ("submit_us", "run_us", "gpus", "estimate_us"):
         assert getattr(fast, column).tolist() == getattr(slow, column).tolist(), column
     assert fast.names == slow.names
+
+
+def test_the_log_is_what_the_benchmark_writes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    benchmark = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "jobs.py"))
+    benchmark["write_swf"](tmp_path / "again.swf", 600, 0.85, seed=3)
+    assert (tmp_path / "again.swf").read_text() == (DATA / "workload.swf").read_text()
