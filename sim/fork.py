@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import pickle
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 
 import simpy
 
@@ -108,7 +110,25 @@ class Fork:
         state = refold(begin, kept)
         if not state.cluster.nodes:
             raise ForkError("the journal knows no node by then; fork later, or let an agent join first")
+        # Tasks that are over matter only to those who submit them again, which nobody does here; restoring them costs seconds.
+        for req_no in state.terminal:
+            del state.tasks[req_no]
+        state.terminal.clear()
         return cls(snapshot.take(state), state.now, kept)
+
+    def recorded(self, window_us: Micros) -> tuple[Micros, Workload]:
+        """Return when the first step in the window before the fork was made, and what was asked for since."""
+        found = self._windows.get(window_us)
+        if found is None:
+            begins = self.now - window_us
+            kept = self.history[bisect_right(self.history, begins, key=attrgetter("now")) :]
+            found = (kept[0].now if kept else self.now, workload_from_records(kept))
+            self._windows[window_us] = found
+        return found
+
+    @cached_property
+    def _windows(self) -> dict[Micros, tuple[Micros, Workload]]:
+        return {}
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -144,13 +164,12 @@ def future_arrivals(fork: Fork, window_us: Micros, horizon_us: Micros, load: flo
     The window is a ring that is gone round until the horizon, `load` times as fast, so that bursts stay bursts; the same seed
     begins at the same moment for every load. Truths hold what is known besides run times: failures for good, and cancels.
     """
-    begins = fork.now - window_us
-    recorded = [record for record in fork.history if record.now > begins]
-    if not recorded or window_us <= 0:
+    if window_us <= 0:
         return []
+    begun, workload = fork.recorded(window_us)
     offset = round(unit(seed, "where the window begins") * window_us)
-    shift = recorded[0].now - begins - offset
-    ring = [((arrival.at + shift) % window_us, arrival) for arrival in workload_from_records(recorded).arrivals]
+    shift = begun - (fork.now - window_us) - offset
+    ring = [((arrival.at + shift) % window_us, arrival) for arrival in workload.arrivals]
     ring.sort(key=lambda entry: entry[0])
     arrivals: list[Arrival] = []
     lap = 0

@@ -212,7 +212,7 @@ def compare_futures(
     for number in range(seeds):
         pair = []
         for side, change in enumerate((unchanged, changed)):
-            tally = Tally(snapshot.restore(fork.state), tenants)
+            tally = Tally(state, tenants)
             run_forward(fork, change, tally, seed=first_seed + number, window_us=window_us, horizon_us=horizon_us)
             pair.append(tally)
             if on_progress is not None:
