@@ -257,7 +257,7 @@ def test_bad_columns_name_the_field_and_the_job() -> None:
         make_jobs([0, 1], [1, 1], [1])
     with pytest.raises(WorkloadError, match="entry 1 is not a finite number"):
         make_jobs([0, float("nan")], [1, 1], [1, 1])
-    with pytest.raises(WorkloadError, match="run_us: job 0 has [0-9]+, which is more than any simulation lasts"):
+    with pytest.raises(WorkloadError, match=r"run_us: job 0 has [0-9]+, which is more than any simulation lasts"):
         make_jobs([0], [1e12], [1])
     columns = [np.asarray(column) for column in ([5, 4], [1, 1], [1, 1], [1, 1], [0, 0], [0, 0])]
     with pytest.raises(WorkloadError, match="submit_us: job 1 has 4, which comes before the one ahead"):
