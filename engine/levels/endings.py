@@ -45,8 +45,11 @@ def ends_at(turn: Turn, pod: Pod) -> Micros:
     if pod.tasks:
         tasks = turn.state.tasks
         return max([_task_ends_at(turn, tasks[req_no], pod) for req_no in pod.tasks])
-    goes = turn.profile.reclaim_idle and not turn.is_kept(pod)
-    return soon if goes else NEVER
+    if turn.is_kept(pod):
+        return NEVER
+    if turn.profile.reclaim_idle:
+        return soon
+    return max(soon, max(pod.created_at, pod.idle_since) + turn.limits.idle_ttl_us)
 
 
 def _task_ends_at(turn: Turn, task: Task, pod: Pod) -> Micros:
