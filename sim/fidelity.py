@@ -209,7 +209,10 @@ class FidelityReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        rows = [{**asdict(row), "error_percent": row.error_percent, "met": row.met} for row in self.rows]
+        rows = [
+            {**asdict(row), "error_percent": row.error_percent if row.real else None, "met": row.met}
+            for row in self.rows
+        ]
         names = ("workload", "profile", "seed", "nodes", "load", "tasks", "replications", "cores", "busy")
         head = {"schema": 1, **{name: getattr(self, name) for name in names}}
         finished = {"real": len(self.real.tasks), "simulated": len(self.simulated.tasks)}

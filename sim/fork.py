@@ -44,6 +44,7 @@ _POOL = re.compile(r"^([0-9]{1,6})x(.+?)(?::([0-9]{1,3}))?$")
 _DEFAULT_GPUS = 8
 _CONDITIONED_DRAWS = 64
 MOST_ARRIVALS = 1_000_000
+MOST_GPUS = 100_000
 
 
 class ForkError(ValueError):
@@ -200,9 +201,13 @@ def changed_nodes(state: State, change: Change) -> tuple[tuple[NodeSpec, ...], t
     """Return the nodes that join and the names of those that are drained; raises ForkError naming what is not there."""
     up = [node for node in state.cluster.nodes if node.up]
     joining: list[NodeSpec] = []
+    gpus = 0
     for pool in change.add:
         model = _known_model(pool.gpu_model, state, "add_nodes")
         like = next((node.spec for node in up if any(gpu.model == model for gpu in node.spec.gpus)), None)
+        gpus += pool.nodes * (pool.gpus or (len(like.gpus) if like is not None else _DEFAULT_GPUS))
+        if gpus > MOST_GPUS:
+            raise ForkError(f"add_nodes: {gpus} GPUs would join, at most {MOST_GPUS} can; ask for fewer")
         for _ in range(pool.nodes):
             joining.append(_like(like, model, pool.gpus, f"whatif-{len(joining)}"))
     leaving: list[str] = []

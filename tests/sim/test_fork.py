@@ -243,6 +243,8 @@ def test_impossible_changes_name_the_field_and_the_remedy(fork: Fork) -> None:
         changed_nodes(state, Change(AIGC, add=(Pool(1, "b900"),)))
     with pytest.raises(ForkError, match="remove_nodes: unknown GPU model 'h100'"):
         changed_nodes(state, Change(AIGC, remove=(Pool(1, "h100"),)))
+    with pytest.raises(ForkError, match="add_nodes: 400000 GPUs"):
+        changed_nodes(state, Change(AIGC, add=(Pool(200_000, "a100"),)))
     joining, _ = changed_nodes(state, Change(AIGC, add=(Pool(1, "h100", 4),)))
     assert [gpu.model for gpu in joining[0].gpus] == ["h100"] * 4
     assert joining[0].gpus[0].memory_bytes == GPU_MODELS["h100"].memory_bytes
