@@ -191,8 +191,10 @@ def keys(jobs: Jobs, policy: str | Ordering) -> tuple[Ints, ...]:
 
 
 def _ranked(jobs: Jobs, ordering: Ordering) -> tuple[Ints, ...]:
-    if ordering.fair_tenants or ordering.fair_groups or ordering.age_us:
+    if ordering.fair_tenants or ordering.fair_groups or ordering.shares or ordering.age_us or ordering.ranks_anew:
         raise WorkloadError("policy: shares between tenants or ages, so ranks change; run it in the full simulator")
+    if ordering.preemptive:
+        raise WorkloadError("policy: stops running tasks for waiting ones; run it in the full simulator")
     tenants = [Tenant(name, row) for row, name in enumerate(jobs.tenants)]
     ranks = np.empty((len(jobs), 2), np.int64)
     for row in range(len(jobs)):

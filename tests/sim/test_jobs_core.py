@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.levels.ordering import ByPriority, Fair, Fifo
+from engine.levels.orderings.by_time import Sjf, Srtf
+from engine.levels.orderings.sharing import Drf
 from engine.resources import Demand
 from engine.tasks import TaskSpec, TaskType
 from sim.jobs import POLICIES, Jobs, JobsResult, from_workload, make_jobs, simulate_jobs
@@ -189,7 +191,9 @@ def test_easy_starts_the_first_in_line_no_later_than_it_was_first_promised(jobs,
         assert fast.start_us[job] <= at
 
 
-@pytest.mark.parametrize("ordering, policy", [(Fifo(), "fifo"), (ByPriority(), "priority")])
+@pytest.mark.parametrize(
+    "ordering, policy", [(Fifo(), "fifo"), (ByPriority(), "priority"), (Sjf(), "shortest-estimate")]
+)
 @settings(max_examples=50, deadline=None)
 @given(jobs=workloads())
 def test_an_ordering_of_the_engine_ranks_as_the_policy_of_the_same_name(ordering, policy, jobs) -> None:
@@ -241,6 +245,8 @@ def test_no_job_at_all_is_a_run_too() -> None:
         ({"placement": "magic"}, "placement: unknown 'magic'"),
         ({"policy": "magic"}, "policy: unknown 'magic'; known are fifo"),
         ({"policy": Fair()}, "policy: shares between tenants or ages"),
+        ({"policy": Drf()}, "policy: shares between tenants or ages"),
+        ({"policy": Srtf()}, "policy: stops running tasks for waiting ones"),
     ],
 )
 def test_bad_arguments_name_the_field_and_what_is_known(arguments, message) -> None:
