@@ -88,6 +88,10 @@ IN_ORDER = (
 """Policies under which who may start depends on who comes before, and on what others hold."""
 
 
+def is_together(spec: TaskSpec) -> bool:
+    return spec.members > 1 and bool(spec.group) and spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE)
+
+
 class AdversarialWorld(RuleBasedStateMachine):
     """Keeps what it was ordered, and answers when and how it likes."""
 
@@ -374,7 +378,7 @@ class AdversarialWorld(RuleBasedStateMachine):
             if turn == 200:  # what became impossible when hardware was taken out is given up by its customers
                 cluster = self.engine.state.cluster
                 live = [t.spec for t in self.engine.state.live_tasks()]
-                given_up = [s for s in live if not possible(cluster, s.demand, s.members)]
+                given_up = [s for s in live if not possible(cluster, s.demand, s.members, is_together(s))]
                 self.outbox += [ev.TaskCancelRequested(s.req_no) for s in given_up]
             invariants.check(self.engine.state)
             state = self.engine.state
