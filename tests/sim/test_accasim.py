@@ -13,6 +13,7 @@ import pytest
 from sim.jobs import Jobs, JobsResult, from_workload, simulate_jobs
 from sim.jobs.swf import read_swf
 from sim.readers import registry
+from sim.workload import WorkloadError
 
 DATA = Path(__file__).parent / "data" / "accasim"
 FIRST_S = 420
@@ -110,3 +111,10 @@ def test_the_log_is_what_the_benchmark_writes(tmp_path, monkeypatch) -> None:
     benchmark = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "jobs.py"))
     benchmark["write_swf"](tmp_path / "again.swf", 600, 0.85, seed=3)
     assert (tmp_path / "again.swf").read_text() == (DATA / "workload.swf").read_text()
+
+
+def test_a_broken_line_of_a_log_is_named(tmp_path) -> None:
+    log = tmp_path / "broken.swf"
+    log.write_text("1 10 -1 9 2 -1 -1 2 30 -1 1 1 1 -1 -1 -1 -1 -1\n2 x -1 9 2 -1 -1 2 30 -1 1 1 1 -1 -1 -1 -1 -1\n")
+    with pytest.raises(WorkloadError, match="line 2, submit_time"):
+        read_swf(log)

@@ -291,3 +291,19 @@ def test_progress_is_told_and_grows() -> None:
     assert result.events >= 2 * count - 1
     assert told == sorted(told)
     assert 0 < told[-1] <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs=workloads(), per_node=st.integers(1, 4), seed=st.integers(0, 3))
+def test_gpus_drawn_from_anywhere_are_never_given_twice(jobs, per_node, seed) -> None:
+    result, again = (
+        simulate_jobs(jobs, 4, per_node, backfill="easy", placement="random", spread=True, seed=seed) for _ in range(2)
+    )
+    assert [result.pieces_of(job) for job in range(len(jobs))] == [again.pieces_of(job) for job in range(len(jobs))]
+    for at in np.unique(result.start_us[result.start_us >= 0]):
+        held = [0] * 4
+        for job in np.flatnonzero((result.start_us <= at) & (result.end_us > at) & (result.start_us >= 0)):
+            assert sum(gpus for _, gpus in result.pieces_of(job)) == jobs.gpus[job]
+            for node, gpus in result.pieces_of(job):
+                held[node] += gpus
+        assert max(held) <= per_node
