@@ -80,6 +80,9 @@ def _ended(turn: Turn, task: Task) -> None:
     if task.cancel_requested:
         turn.tell(task, TaskState.CANCELLED, Reason.CANCELLED)
         return
+    if _is_too_late(turn, task):
+        turn.tell(task, TaskState.DEAD, Reason.START_DEADLINE, "it had not started by its start deadline")
+        return
     if task.stop_reason == Reason.PREEMPTED and task.cause is None:
         turn.tell(task, TaskState.PENDING, Reason.PREEMPTED)
         return
@@ -194,10 +197,15 @@ def _task_due(turn: Turn, task: Task) -> None:
     if task.req_no in turn.state.terminal:
         return
     waits = task.state in (TaskState.PENDING, TaskState.BACKOFF, TaskState.BOUND)
-    if task.deadline is not None and task.deadline <= turn.now and waits:
+    if waits and _is_too_late(turn, task):
         turn.tell(task, TaskState.DEAD, Reason.START_DEADLINE, "it had not started by its start deadline")
     elif task.state is TaskState.BACKOFF and task.retry_at is not None and task.retry_at <= turn.now:
         turn.tell(task, TaskState.PENDING, Reason.RETRY)
+
+
+def _is_too_late(turn: Turn, task: Task) -> bool:
+    """Tell whether a task missed its start deadline; one that started once has kept it, whatever became of that attempt."""
+    return task.deadline is not None and task.deadline <= turn.now and not task.began_at
 
 
 def _pod_due(turn: Turn, pod: Pod) -> None:

@@ -248,3 +248,27 @@ def test_a_profile_that_needs_no_exact_order_keeps_none() -> None:
     assert not profiles.load("aigc").in_order
     assert not profiles.load("sjf").in_order
     assert replace(profiles.load("sjf"), backfill="easy").in_order
+
+
+# --- start deadlines ----------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_started_in_time_and_was_stopped_may_start_again_after_its_start_deadline(clockwork: Any) -> None:
+    world = clockwork(ALONE)
+    world.node()
+    world.job("old", 0, 50, start_deadline=15 * SECOND)
+    world.job("new", 12, 10)
+    world.run()
+    assert world.begun["old"] == [0, 22]
+    assert world.ended["old"] == 60
+
+
+def test_an_attempt_that_never_came_to_run_does_not_outlive_the_start_deadline(desk: Any, task: Any) -> None:
+    d = desk("fifo")
+    d.node()
+    d.answer(d.submit(task("t", start_deadline=10 * SECOND)), start=False)
+    assert d.state("t") == "starting"
+    d.step(after=20)
+    assert d.state("t") == "starting"
+    d.step(ev.PodStopped(1))
+    assert d.state("t") == "dead"
