@@ -26,9 +26,8 @@ class SweepError(ValueError):
     """A run of a sweep could not be done; says which and why."""
 
     def __init__(self, config: SimulationConfig, why: str) -> None:
-        super().__init__(
-            f"sweep: the run of profile {config.profile!r}, seed {config.seed}, {config.nodes} nodes: {why}"
-        )
+        profile = config.profile if "\n" not in config.profile else "of a text"
+        super().__init__(f"sweep: the run of profile {profile!r}, seed {config.seed}, {config.nodes} nodes: {why}")
         self.config = config
         self.why = why
 

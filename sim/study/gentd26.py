@@ -153,8 +153,9 @@ _Key = tuple[float, int, str]
 
 
 def _reference(plan: StudyPlan, load: float, runs: Mapping[_Key, RunRecord]) -> str:
-    """Return the classic with the lowest mean p99 completion; the only profile where there is no other."""
-    classics = [profile for profile in plan.profiles if profile != OURS] or list(plan.profiles)
+    """Return the classic with the lowest mean p99 completion: of the engine's own profiles but ours; files are challengers."""
+    known = [profile for profile in plan.profiles if profile in profiles.NAMES]
+    classics = [profile for profile in known if profile != OURS] or known or list(plan.profiles)
     return min(classics, key=lambda name: sum(p99_completion(runs[load, seed, name]) for seed in plan.all_seeds))
 
 

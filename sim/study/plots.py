@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from sim.study.gentd26 import Study
 from sim.study.plan import OURS
+from sim.study.sizes import FREE
 
 _COLOURS = (
     "#d1495b",
@@ -99,7 +100,7 @@ def _sizes(study: Study) -> str:
 def _colour(study: Study, profile: str) -> str:
     if profile == OURS:
         return "#3066be"
-    others = [name for name in study.plan.profiles if name != OURS]
+    others = [name for name in (*study.plan.profiles, FREE) if name != OURS]
     return _COLOURS[others.index(profile) % len(_COLOURS)]
 
 

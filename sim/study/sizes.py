@@ -7,7 +7,7 @@ reached in that very seed. So the saving has a paired interval.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sim.study.case import StudyCase
 from sim.study.plan import StudyPlan
@@ -15,6 +15,9 @@ from sim.sweep import RunRecord
 from sim.sweep_table import Interval, interval
 
 Runs = Callable[[Sequence[StudyCase]], list[RunRecord]]
+FREE = "(if loads took no time)"
+"""In the place of a profile: the reference with load times of next to nothing, which no use of warm models can beat by much."""
+_FREE_SCALE = 0.001
 _WIDEST = 4
 """Sizes are looked for up to so many times the study's."""
 
@@ -65,13 +68,22 @@ def p99_completion(record: RunRecord) -> float:
 def find_sizes(plan: StudyPlan, reference: str, at_full: Mapping[tuple[str, int], RunRecord], runs: Runs) -> list[Size]:
     """Return the fewest GPUs of each profile that hold the reference's p99 completion time.
 
-    `at_full` has the runs at the plan's size by (profile, seed). That a profile gets no slower with a GPU more is checked where the
-    search goes, not taken for granted: the size found holds the target and the one below it does not.
+    `at_full` has the runs at the plan's size by (profile, seed). `FREE` is searched as well.
+    That a profile gets no slower with a GPU more is checked where the search goes, not taken for granted: the size found holds
+    the target and the one below it does not.
     """
     load = plan.size_load
     targets = {seed: p99_completion(at_full[reference, seed]) for seed in plan.all_seeds}
+
+    def case(profile: str, seed: int, gpus: int) -> StudyCase:
+        made = plan.case(reference if profile == FREE else profile, load, seed, gpus)
+        return replace(made, load_scale=_FREE_SCALE) if profile == FREE else made
+
+    known = dict(at_full)
+    free = runs([case(FREE, seed, plan.gpus) for seed in plan.all_seeds])
+    known.update({(FREE, seed): record for seed, record in zip(plan.all_seeds, free, strict=True)})
     searches: dict[tuple[str, int], _Search] = {}
-    for (profile, seed), record in at_full.items():
+    for (profile, seed), record in known.items():
         search = _Search(0, None, plan.gpus * _WIDEST, {})
         search.hours[plan.gpus] = _gpu_hours(record, plan.gpus)
         if p99_completion(record) <= targets[seed]:
@@ -83,12 +95,12 @@ def find_sizes(plan: StudyPlan, reference: str, at_full: Mapping[tuple[str, int]
         asked = [(key, size) for key, search in searches.items() if (size := search.next_size()) is not None]
         if not asked:
             break
-        records = runs([plan.case(profile, load, seed, size) for (profile, seed), size in asked])
+        records = runs([case(profile, seed, size) for (profile, seed), size in asked])
         for ((profile, seed), size), record in zip(asked, records, strict=True):
             search = searches[profile, seed]
             search.hours[size] = _gpu_hours(record, size)
             search.learn(size, p99_completion(record) <= targets[seed])
-    return [_size(profile, plan, searches, reference) for profile in plan.profiles]
+    return [_size(profile, plan, searches, reference) for profile in (*plan.profiles, FREE)]
 
 
 def _size(profile: str, plan: StudyPlan, searches: Mapping[tuple[str, int], _Search], reference: str) -> Size:

@@ -16,7 +16,7 @@ from sim.study import report
 from sim.study.case import StudyCase
 from sim.study.gentd26 import run_study
 from sim.study.plan import StudyPlan, profile_text, with_tie
-from sim.study.sizes import find_sizes
+from sim.study.sizes import FREE, find_sizes
 from sim.sweep import run_sweep
 
 HEADER = (
@@ -97,7 +97,8 @@ def test_every_size_holds_the_target_and_one_less_does_not(study):
     p99 = {}
     for run in study.runs:
         if run.config.busy_gpus == pytest.approx(load * 3):
-            key = (run.config.profile, run.config.seed, sum(count for _, count in run.config.pools))
+            profile = FREE if run.config.load_scale < 1 else run.config.profile
+            key = (profile, run.config.seed, sum(count for _, count in run.config.pools))
             p99[key] = run.summary["completion"]["all"]["p99"]
     for size in study.sizes:
         for seed, gpus in zip(study.plan.all_seeds, size.gpus, strict=True):
@@ -106,6 +107,7 @@ def test_every_size_holds_the_target_and_one_less_does_not(study):
             if gpus > 1:
                 assert p99[size.profile, seed, gpus - 1] > target
     assert study.size_of("aigc").saving.count == 2
+    assert study.size_of(FREE).mean.mean <= study.size_of(reference).mean.mean
 
 
 def test_a_profile_that_never_gets_there_has_no_size(trace):
@@ -122,7 +124,8 @@ def test_a_profile_that_never_gets_there_has_no_size(trace):
         return [record(case) for case in cases]
 
     full = {(name, 0): record(plan.case(name, 0.9, 0)) for name in plan.profiles}
-    fifo, aigc = find_sizes(plan, "fifo", full, runs)
+    fifo, aigc, free = find_sizes(plan, "fifo", full, runs)
+    assert (free.profile, free.gpus) == (FREE, (1,))
     assert (fifo.gpus, fifo.gpu_hours) == ((1,), 1.0)
     assert (aigc.gpus, aigc.mean, aigc.saving) == ((None,), None, None)
     assert ("aigc", 12) in asked
@@ -240,3 +243,10 @@ def test_the_command_names_what_is_wrong(arguments, code, named, trace):
     done = CliRunner().invoke(app, ["study", "gentd26", *base, *arguments, "--jobs", "1"])
     assert done.exit_code == code
     assert named in done.stderr
+
+
+def test_a_file_is_a_challenger_and_never_the_reference(trace, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(profile_text("priority"))
+    plan = plan_of(trace, loads=(0.5,), profiles=(str(mine), "fifo", "aigc"), seeds=1, ties=())
+    assert run_study(plan, jobs=1).references == {0.5: "fifo"}
