@@ -33,6 +33,8 @@ Standing = tuple[tuple[int, ...], int, int, int, int, int, int, int]
 
 class _Next(NamedTuple):
     standing: Standing
+    number: int
+    """Of the bucket: a task that moves to another one stands twice until its old entry is met."""
     bucket: Bucket
     entry: Entry
 
@@ -117,14 +119,14 @@ class _Round:
             if len(turn.commands) >= turn.limits.commands_per_step:
                 turn.more = True
                 return placed
-            standing, bucket, entry = heap[0]
+            standing, number, bucket, entry = heap[0]
             current = bucket.after(self._passed.get(bucket.key, FIRST))
             if current is None:
                 self._pop()
                 continue
             now_at = self._standing(current)
             if now_at != standing:
-                heapreplace(heap, _Next(now_at, bucket, current))
+                heapreplace(heap, _Next(now_at, number, bucket, current))
                 continue
             task = entry[3]
             if self._may_not_start(task):
@@ -146,7 +148,7 @@ class _Round:
 
     def _push(self, bucket: Bucket) -> None:
         entry = bucket.entries[0]
-        self._heap.append(_Next(self._standing(entry), bucket, entry))
+        self._heap.append(_Next(self._standing(entry), len(self._heap), bucket, entry))
         if self._may_be_free(bucket):
             self._open[bucket.key] = None
 
