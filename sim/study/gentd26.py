@@ -13,7 +13,7 @@ from sim.paired import Difference, difference
 from sim.simulate import Progress
 from sim.study import scaled
 from sim.study.case import StudyCase
-from sim.study.plan import OURS, StudyPlan, with_tie
+from sim.study.plan import OURS, StudyPlan, profile_text, with_tie
 from sim.study.sizes import Size, find_sizes, p99_completion
 from sim.sweep import RunRecord, run_sweep
 from sim.sweep_table import MEASURES, Interval, interval
@@ -98,25 +98,19 @@ def run_study(
     loads = sorted({*plan.loads, plan.size_load})
     keys = [(load, seed, profile) for load in loads for seed in plan.all_seeds for profile in plan.profiles]
     cases = [plan.case(profile, load, seed) for load, seed, profile in keys]
-    records = run_sweep(cases, store, jobs, steps.part(0.0, 0.45, "loads"))
+    done = _Done(store, jobs)
+    records = done.runs(cases, steps.part(0.0, 0.45, "loads"))
     by_key = dict(zip(keys, records, strict=True))
     references = {load: _reference(plan, load, by_key) for load in loads}
     standings = [
         _standing(plan, load, profile, references[load], by_key) for load in loads for profile in plan.profiles
     ]
-    ties, missing, tie_runs = _ties(plan, store, jobs, steps.part(0.45, 0.65, "tie rules"))
+    ties, missing = _ties(plan, done, steps.part(0.45, 0.65, "tie rules"))
     at_full = {
         (profile, seed): by_key[plan.size_load, seed, profile] for profile in plan.profiles for seed in plan.all_seeds
     }
-    more: list[RunRecord] = []
     sizing = steps.part(0.65, 1.0, "sizes")
-
-    def sized(wanted: Sequence[StudyCase]) -> list[RunRecord]:
-        found = run_sweep(wanted, store, jobs, sizing)
-        more.extend(found)
-        return found
-
-    sizes = find_sizes(plan, references[plan.size_load], at_full, sized)
+    sizes = find_sizes(plan, references[plan.size_load], at_full, lambda wanted: done.runs(wanted, sizing))
     return Study(
         plan=plan,
         fit=_fit(plan),
@@ -125,8 +119,21 @@ def run_study(
         ties=ties,
         ties_missing=missing,
         sizes=tuple(sizes),
-        runs=(*records, *tie_runs, *more),
+        runs=tuple(done.records.values()),
     )
+
+
+class _Done:
+    """The runs of one study; what one part of it has run, another does not run again."""
+
+    def __init__(self, store: Path | None, jobs: int | None) -> None:
+        self._store, self._jobs = store, jobs
+        self.records: dict[StudyCase, RunRecord] = {}
+
+    def runs(self, cases: Sequence[StudyCase], on_progress: Progress | None) -> list[RunRecord]:
+        missing = [case for case in dict.fromkeys(cases) if case not in self.records]
+        self.records.update(zip(missing, run_sweep(missing, self._store, self._jobs, on_progress), strict=True))
+        return [self.records[case] for case in cases]
 
 
 class _Steps:
@@ -184,20 +191,20 @@ def _values(
         return None
 
 
-def _ties(
-    plan: StudyPlan, store: Path | None, jobs: int | None, on_progress: Progress | None
-) -> tuple[tuple[TieEffect, ...], str, list[RunRecord]]:
+def _ties(plan: StudyPlan, done: _Done, on_progress: Progress | None) -> tuple[tuple[TieEffect, ...], str]:
     if not plan.ties:
-        return (), "not asked for", []
+        return (), "not asked for"
     texts = {(profile, tie): with_tie(profile, tie) for profile in plan.profiles for tie in plan.ties}
-    for (profile, tie), text in texts.items():
+    for (profile, tie), text in list(texts.items()):
         try:
-            profiles.load(text)
+            same = profiles.load(text) == profiles.load(profile_text(profile))
         except ValueError as error:
-            return (), f"the profile {profile} takes no tie rule {tie!r}: {error}", []
+            return (), f"the profile {profile} takes no tie rule {tie!r}: {error}"
+        if same:
+            texts[profile, tie] = profile
     keys = [(profile, tie, seed) for seed in plan.all_seeds for profile, tie in texts]
     cases = [plan.case(texts[profile, tie], plan.size_load, seed) for profile, tie, seed in keys]
-    records = run_sweep(cases, store, jobs, on_progress)
+    records = done.runs(cases, on_progress)
     found: dict[str, dict[str, list[float]]] = {}
     for (profile, tie, _), record in zip(keys, records, strict=True):
         found.setdefault(profile, {}).setdefault(tie, []).append(p99_completion(record))
@@ -205,7 +212,7 @@ def _ties(
         TieEffect(profile, {tie: interval(values) for tie, values in by_tie.items()})
         for profile, by_tie in found.items()
     )
-    return effects, "", records
+    return effects, ""
 
 
 def _fit(plan: StudyPlan) -> dict[str, tuple[float, Interval]]:

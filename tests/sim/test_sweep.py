@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -214,3 +216,26 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_ctrl_c_keeps_what_had_finished_and_leaves_no_process_behind(tmp_path):
+    store = tmp_path / "runs.jsonl"
+    command = [sys.executable, "-m", "api.cli", "sweep", "--seeds", "500", "--jobs", "2", "--store", str(store)]
+    command += ["--set", "synthetic_tasks=40", "--set", "forecaster=none"]
+    root = Path(__file__).resolve().parents[2]
+    running = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        _until(lambda: store.exists() and store.read_bytes().count(b"\n") >= 3)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) == 130
+    finally:
+        running.kill()
+        running.wait()
+    assert len(children) >= 2
+    _until(lambda: not any(_alive(int(child)) for child in children))
+    lines = store.read_bytes().splitlines()
+    assert 3 <= len(lines) < 500
+    assert all(json.loads(line)["summary"] for line in lines)
