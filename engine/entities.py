@@ -251,6 +251,7 @@ class Task:
         "failures",
         "finished_at",
         "group",
+        "kept_until",
         "kept_us",
         "line_ticket",
         "lines",
@@ -329,6 +330,8 @@ class Task:
         """Time that attempts ran which ended without a result."""
         self.kept_us: Micros = 0
         """Time of it whose work a checkpoint holds."""
+        self.kept_until: Micros = 0
+        """When the current attempt last told of a checkpoint; 0: it has not."""
         # derived
         self.predicted_us: Micros = 1
         """Predicted run time."""

@@ -149,13 +149,14 @@ class TaskStarted:
 
 @dataclass(frozen=True, slots=True)
 class TaskProgressed:
-    """`done` of `total` steps are behind the attempt."""
+    """`done` of `total` steps are behind the attempt; `checkpoint` names the last one that it saved while it ran on."""
 
     req_no: str
     attempt: int
     done: int
     total: int
     rank: int = 0
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,10 +318,15 @@ def task_started(state: State, now: Micros, e: ev.TaskStarted) -> None:
 
 
 def task_progressed(state: State, now: Micros, e: ev.TaskProgressed) -> None:
-    """Steps that are behind an attempt; never fewer than before."""
+    """Steps that are behind an attempt, never fewer than before, and what a later attempt can go on from if this one is lost."""
     task = _attempt(state, e)
-    if task is not None and e.done > task.progress_done:
+    if task is None:
+        return
+    if e.done > task.progress_done:
         task.progress_done, task.progress_total = e.done, e.total
+    if e.checkpoint and e.rank == 0 and e.checkpoint != task.checkpoint:
+        task.checkpoint = e.checkpoint
+        task.kept_until = now
 
 
 def task_finished(state: State, now: Micros, e: ev.TaskFinished) -> None:
@@ -364,7 +369,7 @@ def task_stopped(state: State, now: Micros, e: ev.TaskStopped) -> None:
         return
     if e.checkpoint and e.rank == 0:
         task.checkpoint = e.checkpoint
-        task.kept_us += now - task.started_at if task.started_at else 0
+        task.kept_until = now
     end_rank(state, task, e.rank, now)
 
 

@@ -198,6 +198,9 @@ def end_attempt(state: State, task: Task, now: Micros) -> None:
     task.live = 0
     ran_us = now - task.started_at if task.started_at else 0
     task.ran_us += ran_us
+    if task.kept_until and task.started_at:
+        task.kept_us += max(0, task.kept_until - task.started_at)
+    task.kept_until = 0
     settle(task, ran_us)
     unplace(state, task)
     task.pending_since = now

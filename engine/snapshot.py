@@ -62,6 +62,7 @@ _TASK = (
     "ran_us",
     "kept_us",
     "began_at",
+    "kept_until",
 )
 
 _GETTERS: dict[tuple[str, ...], attrgetter[tuple[Any, ...]]] = {
@@ -256,8 +257,9 @@ def _restore_task(state: State, data: Plain) -> None:
     tenant = state.tenants[spec.tenant]
     task = Task(spec, 0, tenant, None, 0, estimate)
     values = data["values"]
-    if len(values) == len(_TASK) - 3:
-        values = [*values, 0, 0, 0]  # snapshots from before run times were kept
+    if len(values) in (len(_TASK) - 4, len(_TASK) - 1):
+        # Snapshots from before run times, or running checkpoints, were kept.
+        values = [*values, *[0] * (len(_TASK) - len(values))]
     for put, value in zip(_TASK_SETTERS, values, strict=True):
         put(task, value)
     if spec.group:

@@ -298,7 +298,9 @@ class NodeAgent:
     def _take_reports(self, now: Micros) -> None:
         for report in self._host.take():
             if isinstance(report, ports.AttemptProgressed):
-                progress = m.Progress(0, report.req_no, report.attempt, report.rank, report.done, report.total)
+                progress = m.Progress(
+                    0, report.req_no, report.attempt, report.rank, report.done, report.total, report.checkpoint
+                )
                 self.machine.progress(now, progress)
             else:
                 self.machine.report(now, item_of(report))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-import tarfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ from executors.dfs import ObjectFileStore, open_store
 from executors.methods import registry
 from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing
 from executors.methods.parameters import PARAMETERS, ParameterError, validate
+from executors.pod_checkpoints import CheckpointShelf
 from executors.pod_main import PROGRESS_PERIOD_S, Link, Order, Orders, PodSpec, cleared, log_tail
 from executors.pod_models import ModelCache
 
-CHECKPOINT_MEDIA_TYPE = "application/x-tar"
 _DETAIL_CHARS = 1024
 _GPU_LOST = (
     "fallen off the bus",
@@ -59,9 +58,12 @@ class Attempt:
         self._directory = Path(spec.directory) / order.directory_name
         self._output_dir: Path | None = None
         self._unsent: tuple[int, int, str] | None = None
+        self._last = (0, 0, "")
+        self._shelf = CheckpointShelf(store, self._directory, order.key[0])
+        self._announced = ""
         self._sent_at = -PROGRESS_PERIOD_S
         self.device = spec.device
-        self.checkpoint = self._restored(order.checkpoint)
+        self.checkpoint = self._shelf.restore(order.checkpoint, self._directory / "checkpoint")
 
     @property
     def output_dir(self) -> Path:
@@ -72,7 +74,7 @@ class Attempt:
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Report progress, at most once in PROGRESS_PERIOD_S; what is held back then is sent with the next, or at the end."""
-        self._unsent = (done, total, note)
+        self._unsent = self._last = (done, total, note)
         if done >= total or time.monotonic() - self._sent_at >= PROGRESS_PERIOD_S:
             self.flush()
 
@@ -80,9 +82,19 @@ class Attempt:
         """Send the progress that was held back."""
         if self._unsent is not None:
             done, total, note = self._unsent
-            self._link.send("progress", key=self._key, done=done, total=total, note=note)
+            self._link.send("progress", key=self._key, done=done, total=total, note=note, checkpoint=self._announced)
             self._unsent = None
             self._sent_at = time.monotonic()
+
+    def offer_checkpoint(self, checkpoint: Path) -> None:
+        """Put a checkpoint into the file store and tell of it at once; a store that fails costs the checkpoint, not the run."""
+        try:
+            self._announced = self._shelf.put(checkpoint)
+        except (OSError, ValueError) as error:
+            print(f"a checkpoint could not be stored, the run goes on: {error}", file=sys.stderr, flush=True)
+            return
+        self._unsent = self._last
+        self.flush()
 
     def should_stop(self) -> bool:
         """Tell whether to stop before the next step."""
@@ -124,33 +136,12 @@ class Attempt:
         return {"files": files, "metadata": dict(result.metadata)}
 
     def keep_checkpoint(self, checkpoint: Path) -> str:
-        """Put a checkpoint directory into the file store as one archive; returns its file id."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        archive = self._directory / "checkpoint.tar"
-        with tarfile.open(archive, "w") as tar:
-            for path in sorted(checkpoint.rglob("*")):
-                tar.add(path, path.relative_to(checkpoint).as_posix(), recursive=False, filter=_without_origin)
-        return self._store.put_path(archive, CHECKPOINT_MEDIA_TYPE).file_id
+        """Put a checkpoint directory into the file store; returns its file id."""
+        return self._shelf.put(checkpoint)
 
-    def _restored(self, file_id: str) -> Path | None:
-        """Unpack the checkpoint to go on from; one that is lost or broken costs the work in it, not the task."""
-        if not file_id:
-            return None
-        target = cleared(self._directory / "checkpoint")
-        try:
-            archive = self.fetch(file_id)
-            with tarfile.open(archive) as tar:
-                tar.extractall(target, filter="data")
-            archive.unlink()
-        except (OSError, ValueError, tarfile.TarError) as error:
-            print(
-                f"checkpoint {file_id[:80]} cannot be used, starting from the beginning: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
-            shutil.rmtree(target, ignore_errors=True)
-            return None
-        return target
+    def clear_checkpoints(self) -> None:
+        """Remove what was kept to go on from: the request has its result."""
+        self._shelf.clear()
 
 
 class Attempts:
@@ -179,6 +170,7 @@ class Attempts:
             run_us = round((time.monotonic() - began) * 1e6)
             kept = attempt.keep(result)
             self._link.send("finished", key=order.key, result=kept, run_us=run_us, peak=result.peak_gpu_memory_bytes)
+            attempt.clear_checkpoints()
         except Cancelled as cancelled:
             self._report_stop(order, attempt, cancelled)
         except Exception as error:
@@ -285,10 +277,3 @@ def _peak_gpu_memory() -> int:
     if torch is None or not torch.cuda.is_initialized():
         return 0
     return max((int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())), default=0)
-
-
-def _without_origin(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Equal checkpoints are equal files: leave out who wrote them and when."""
-    member.uid = member.gid = member.mtime = 0
-    member.uname = member.gname = ""
-    return member

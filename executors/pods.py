@@ -417,7 +417,9 @@ def _attempt_report(pod: _Pod, message: Mapping[str, Any]) -> PodReport:
         case "started":
             return AttemptStarted(req_no, attempt, rank)
         case "progress":
-            return AttemptProgressed(req_no, attempt, message["done"], message["total"], message["note"], rank)
+            return AttemptProgressed(
+                req_no, attempt, message["done"], message["total"], message["note"], rank, message.get("checkpoint", "")
+            )
         case "finished":
             return AttemptFinished(req_no, attempt, message["result"], message["run_us"], message["peak"], rank)
         case "failed":

@@ -130,7 +130,7 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptProgressed:
-    """`done` of `total` steps are behind the attempt."""
+    """`done` of `total` steps are behind the attempt; `checkpoint` names the last one that it put into the file store."""
 
     req_no: str
     attempt: int
@@ -138,6 +138,7 @@ class AttemptProgressed:
     total: int
     note: str = ""
     rank: int = 0
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

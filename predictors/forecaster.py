@@ -22,6 +22,7 @@ from engine.events import (
     TaskEstimated,
     TaskFailed,
     TaskFinished,
+    TaskProgressed,
     TaskStarted,
     TaskStopped,
     TaskSubmitted,
@@ -65,6 +66,8 @@ class _Tracked:
     started_us: Micros = -1
     carried_us: Micros = 0
     """Run time of earlier attempts that a checkpoint saved."""
+    saved_us: Micros = 0
+    """Run time of this attempt that a checkpoint holds, should it be lost."""
     finished_ranks: int = 0
     reestimated: int = 0
     cancelled: bool = False
@@ -208,6 +211,8 @@ class OnlineForecaster:
                 self._saw_gpus(event.node, event.gpus)
             case TaskStarted():
                 self._started(now, event)
+            case TaskProgressed(checkpoint=checkpoint) if checkpoint:
+                self._saved(now, event)
             case TaskFinished():
                 self._finished(now, event)
             case TaskFailed():
@@ -242,11 +247,18 @@ class OnlineForecaster:
         if tracked is None or event.attempt < tracked.attempt:
             return
         if event.attempt > tracked.attempt or tracked.started_us < 0:
+            tracked.carried_us += tracked.saved_us
+            tracked.saved_us = 0
             tracked.attempt = event.attempt
             tracked.started_us = now
             tracked.finished_ranks = 0
             tracked.reestimated = 0
             self._watch_overdue(now, event.req_no, tracked)
+
+    def _saved(self, now: Micros, event: TaskProgressed) -> None:
+        tracked = self._tracked.get(event.req_no)
+        if tracked is not None and event.rank == 0 and event.attempt == tracked.attempt and tracked.started_us >= 0:
+            tracked.saved_us = now - tracked.started_us
 
     def _finished(self, now: Micros, event: TaskFinished) -> None:
         tracked = self._tracked.get(event.req_no)
@@ -289,6 +301,7 @@ class OnlineForecaster:
         tracked.started_us = -1
         if event.checkpoint:
             tracked.carried_us += run_us
+            tracked.saved_us = 0
 
     def _observe(
         self, now: Micros, req_no: str, tracked: _Tracked, run_us: Micros, outcome: Outcome, peak_bytes: int = 0

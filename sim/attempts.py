@@ -204,7 +204,11 @@ class Attempts:
         req_no, number, rank = attempt.key
         steps = self._steps(attempt.task)
         done = int(attempt.done_share(self._world.now()) * steps + _EPSILON)
-        self._world.emit(TaskProgressed(req_no, number, done, steps, rank))
+        checkpoint = ""
+        if self._world.hardware.running_checkpoints and rank == 0 and done:
+            checkpoint = f"sim:{req_no}/{number}/{done}-of-{steps}"
+            self.checkpoints.setdefault(req_no, {})[checkpoint] = done / steps
+        self._world.emit(TaskProgressed(req_no, number, done, steps, rank, checkpoint))
         self._world.after(gap, self._report_progress, attempt, gap)
 
     # --- stopping -----------------------------------------------------------------------------------------------------

@@ -314,7 +314,9 @@ def _restore(world: SimWorld, state: State, times: RunTimes, seed: int) -> None:
             if not task.live >> rank & 1 or number not in world.pods:
                 continue
             node = world.pods[number].order.node
-            order_to_start = StartTask(task.req_no, task.attempt, number, node, rank, task.checkpoint)
+            # A checkpoint that this very attempt saved is not where it began.
+            began_from = "" if task.kept_until else task.checkpoint
+            order_to_start = StartTask(task.req_no, task.attempt, number, node, rank, began_from)
             if task.rank_started >> rank & 1:
                 world.restore_attempt(order_to_start, state.now - task.started_at)
             else:

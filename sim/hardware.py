@@ -136,6 +136,8 @@ class Hardware:
     """Silence after which a node counts as lost."""
     progress_reports: int = 0
     """TaskProgressed events per attempt of a training task."""
+    running_checkpoints: bool = False
+    """Whether each of them names a checkpoint that a later attempt goes on from."""
     gpu_models: dict[str, GpuModel] = field(default_factory=lambda: dict(GPU_MODELS))
     measured: MeasuredLoads | None = None
     """Load times as a service measured them, GPU by GPU; they replace those worked out from bytes and bandwidths."""

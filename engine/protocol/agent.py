@@ -91,6 +91,7 @@ class AgentMachine:
         self._hurried = False
         self._progress_count = 0
         self._progress: dict[m.AttemptKey, tuple[Micros, m.Progress | None]] = {}
+        self._checkpoints: dict[m.AttemptKey, str] = {}
         self._out: list[m.FromNode] = []
         self._effects: list[Effect] = []
         self._keep: list[m.TerminalReport] = []
@@ -133,6 +134,7 @@ class AgentMachine:
                 if self.pods.pop(item.pod, None) is None:
                     return
                 for key in [key for key, pod in self.attempts.items() if pod == item.pod]:
+                    self._flush_progress(key)
                     self._ended(key)
                 self._taken.pop(item.pod, None)
             case m.Started():
@@ -154,13 +156,18 @@ class AgentMachine:
         self._after_pods_changed(now)
 
     def progress(self, now: Micros, item: m.Progress) -> None:
-        """Take an attempt's progress: at most one in half a second is sent, and always the last."""
+        """Take an attempt's progress: at most one in half a second is sent, and always the last and each new checkpoint."""
         self._judge_lease(now)
         key = m.attempt_key(item)
         if key not in self.attempts:
             return
         self._progress_count += 1
         due, _ = self._progress.get(key, (0, None))
+        if not item.checkpoint:
+            item = replace(item, checkpoint=self._checkpoints.get(key, ""))
+        elif item.checkpoint != self._checkpoints.get(key):
+            self._checkpoints[key] = item.checkpoint
+            due = 0
         if now >= due and self.life is Life.UP:
             self._out.append(replace(item, session=self._session))
             self._progress[key] = (now + PROGRESS_EVERY_US, None)
@@ -457,6 +464,7 @@ class AgentMachine:
         if pod is not None:
             self._taken[pod] -= 1
         self._progress.pop(key, None)
+        self._checkpoints.pop(key, None)
 
     def _flush_progress(self, key: m.AttemptKey) -> None:
         _, held = self._progress.get(key, (0, None))

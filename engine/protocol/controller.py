@@ -152,8 +152,16 @@ class Controller:
                 key = m.attempt_key(message)
                 if key in link.attempts:
                     req_no, attempt, rank = key
-                    progressed = e.TaskProgressed(req_no, attempt, message.done, message.total, rank)
-                    self._progress[key] = (link, progressed)
+                    progressed = e.TaskProgressed(
+                        req_no, attempt, message.done, message.total, rank, message.checkpoint
+                    )
+                    if message.checkpoint and message.checkpoint != link.attempts[key].checkpoint:
+                        # What can be resumed must be known before the report that ends the attempt, maybe in this very batch.
+                        link.attempts[key].checkpoint = message.checkpoint
+                        self._events.append(progressed)
+                        self._progress.pop(key, None)
+                    else:
+                        self._progress[key] = (link, progressed)
             case m.Drain():
                 if link.stage is Stage.JOINED and not link.draining:
                     link.draining = True

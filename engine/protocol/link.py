@@ -47,6 +47,8 @@ class ExpectedAttempt:
 
     order: m.Dispatch
     stop: m.Kill | None = None
+    checkpoint: str = ""
+    """The last one that it told of while it ran."""
 
 
 class Link:

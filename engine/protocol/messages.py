@@ -239,7 +239,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """PROGRESS: lost ones are replaced by later ones."""
+    """PROGRESS: lost ones are replaced by later ones, so each repeats the last checkpoint that the attempt saved."""
 
     session: int
     req_no: str
@@ -247,6 +247,7 @@ class Progress:
     rank: int
     done: int
     total: int
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

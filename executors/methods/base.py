@@ -92,6 +92,10 @@ class MethodContext(Protocol):
         """Say that `done` of `total` steps are behind the run; called after every step."""
         ...
 
+    def offer_checkpoint(self, checkpoint: Path) -> None:
+        """Keep a directory that another attempt can go on from should this one be lost; copied before the call returns."""
+        ...
+
     def should_stop(self) -> bool:
         """Whether the run is to stop; asked before every step."""
         ...

@@ -273,9 +273,10 @@ def _train(training: _Training, context: MethodContext) -> None:
         training.loss = float(loss.detach())
         if not math.isfinite(training.loss):
             raise InputRefused("learning_rate", f"the loss is not finite at step {training.step}; lower the rate")
+        context.progress(training.prior_units + training.step, training.units, f"loss {training.loss:.4f}")
         if training.step % asked.checkpoint_every == 0 and training.step < asked.steps:
             training.save(folder)
-        context.progress(training.prior_units + training.step, training.units, f"loss {training.loss:.4f}")
+            context.offer_checkpoint(folder)
 
 
 def _loss(training: _Training) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +41,15 @@ class FakeContext:
     checkpoint: Path | None = None
     device: str = "cpu"
     seen: list[tuple[int, int, str]] = field(default_factory=list)
+    offered: list[Path] = field(default_factory=list)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         self.seen.append((done, total, note))
+
+    def offer_checkpoint(self, checkpoint: Path) -> None:
+        self.offered.append(
+            shutil.copytree(checkpoint, self.output_dir.parent / f"{self.output_dir.name}-offered-{len(self.offered)}")
+        )
 
     def should_stop(self) -> bool:
         return self.stop_at is not None and (self.seen[-1][0] if self.seen else 0) >= self.stop_at
