@@ -47,7 +47,7 @@ def answer(study: Study) -> str:
         )
     text = (
         f"For {reference}'s p99 completion at {load:.0%} load, {OURS} needs {ours.mean.mean:.1f} GPUs and {reference} "
-        f"{base.mean.mean:.1f}: {_percent(ours.saving)} fewer"
+        f"{base.mean.mean:.1f}: {_saving(ours.saving)}"
     )
     standing = study.standing(OURS, load)
     waited = next(
@@ -89,7 +89,7 @@ def render(study: Study) -> list[Table]:
     for title, headings, rows in tables(study):
         table = Table(title=title, title_justify="left")
         for place, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if place else "left", overflow="fold")
+            table.add_column(heading, justify="right" if place else "left", overflow="fold", no_wrap=not place)
         for row in rows:
             table.add_row(*row)
         made.append(table)
@@ -209,6 +209,11 @@ def _size_table(study: Study) -> tuple[str, Cells, list[Cells]]:
         rows.append([each.profile, _shown(each.mean), by_seed, hours, saving])
     title = f"Fewest GPUs that hold the p99 completion of {study.references[load]} with {study.plan.gpus} at {load:.0%} load"
     return title, ["profile", "GPUs", "by seed", "GPU-hours", "fewer"], rows
+
+
+def _saving(each: Interval) -> str:
+    width = f" ±{100 * each.half_width:.1f}" if math.isfinite(each.half_width) else ""
+    return f"{100 * abs(each.mean):.1f}{width}% {'fewer' if each.mean >= 0 else 'more'}"
 
 
 def _percent(each: Interval) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from sim.study.gentd26 import run_study
 from sim.study.plan import StudyPlan, profile_text, with_tie
 from sim.study.sizes import FREE, find_sizes
 from sim.sweep import run_sweep
+from sim.sweep_table import Interval
 
 HEADER = (
     "gmt_create,predict_type,predict_status,exec_time_seconds,groupId,prompt_length,negative_prompt_length,"
@@ -256,3 +258,11 @@ def test_a_file_is_a_challenger_and_never_the_reference(trace, tmp_path):
     mine.write_text(profile_text("priority"))
     plan = plan_of(trace, loads=(0.5,), profiles=(str(mine), "fifo", "aigc"), seeds=1, ties=())
     assert run_study(plan, jobs=1).references == {0.5: "fifo"}
+
+
+@pytest.mark.parametrize(("mean", "text"), [(0.25, "25.0 ±10.0% fewer"), (-0.08, "8.0 ±10.0% more")])
+def test_the_answer_says_fewer_or_more(mean, text, study):
+    sizes = tuple(
+        replace(size, saving=Interval(mean, 0.1, 2)) if size.profile == "aigc" else size for size in study.sizes
+    )
+    assert text in report.answer(replace(study, sizes=sizes))
