@@ -54,7 +54,7 @@ def answer(
     """
     try:
         if changed is None:
-            changed = profiles.load(request.profile) if request.profile else unchanged
+            changed = profiles.load(request.profile, own_policies=False) if request.profile else unchanged
         before = Change(unchanged)
         after = Change(
             changed,

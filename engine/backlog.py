@@ -19,9 +19,11 @@ from engine.lines import Line, Parked, Rank
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
-from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
+from engine.tasks import NEVER, SECOND, Affinity, Micros, PodState, TaskState
 from engine.timers import Timers
 
+ALIKE_US = 3 * SECOND
+"""Loads that differ by less are alike."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 """2**64 divided by the golden ratio."""
@@ -52,6 +54,8 @@ class Backlog:
         self.idle: dict[int, Pod] = {}
         self.overdue: dict[int, Pod] = {}
         """Pods that are idle for too long, by their number."""
+        self.look_back_at: Micros = -1
+        """When tasks that stand back for the Pods of their models are looked at again."""
         self.no_room_at = (-1, -1, -1, -1)
         """What was idle, free and waiting when idle Pods could make room for nobody."""
         self.idle_version = 0
@@ -109,6 +113,7 @@ class Backlog:
         self._oldest_version = -1
         self.by_model.clear()
         self.may_be_aged = False
+        self.look_back_at, self.no_room_at = -1, (-1, -1, -1, -1)
         self.ages.clear()
         self.timers = Timers(state.limits.look_us)
         self._cards = sorted(state.cluster.cards)
@@ -413,15 +418,37 @@ class Backlog:
         affinity = task.spec.affinity
         return affinity is not Affinity.NONE and (self.profile.group_affinity or affinity is not Affinity.PREFERRED)
 
-    def oldest_idle(self) -> Iterator[Pod]:
-        """Yield the idle Pods, the longest idle first."""
+    def idle_pods(self) -> Iterator[Pod]:
+        """Yield the idle Pods, those first that go first."""
         if self._oldest_version != self.idle_version:
-            self._oldest = sorted(self.idle.values(), key=lambda pod: (pod.idle_since, pod.number))
+            self._oldest = sorted(self.idle.values(), key=self.idle_order)
             self._oldest_version = self.idle_version
         idle = self.idle
         for pod in self._oldest:
             if pod.number in idle:
                 yield pod
+
+    def load_us(self, pod: Pod) -> Micros:
+        """Return what loading another model where a Pod is would take, by what its devices took lately."""
+        by_uuid = pod.node.by_uuid
+        longest = 0
+        for grant in pod.grants:
+            spent = by_uuid[grant.uuid].load_us
+            if spent > longest:
+                longest = spent
+        return longest or self.profile.reload_us
+
+    def earns_load(self, pod: Pod, now: Micros) -> bool:
+        """Tell whether a Pod still has to pay for its load: its model has tasks waiting, and it has not served long enough."""
+        times = self.profile.serve_loads
+        if not times or pod.created_at + (times + 1) * self.load_us(pod) <= now:
+            return False
+        return any(line.live and line.node in (-1, pod.node.index) for line in pod.warm.kind.lines.values())
+
+    def idle_order(self, pod: Pod) -> tuple[int, Micros, int]:
+        """Return what idle Pods are sorted by when some must go: where loads are quick first, if that counts; then by idle time."""
+        quick = self.load_us(pod) // ALIKE_US if self.profile.warm_first_loads else 0
+        return quick, pod.idle_since, pod.number
 
     def shape_of(self, task: Task) -> Shape:
         """Return what the task asks for."""

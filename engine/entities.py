@@ -75,7 +75,17 @@ class Group(Account):
 class Gpu:
     """One device of a node and what is free of it."""
 
-    __slots__ = ("drained", "healthy", "memory_bytes", "memory_free", "model", "present", "share_free", "uuid")
+    __slots__ = (
+        "drained",
+        "healthy",
+        "load_us",
+        "memory_bytes",
+        "memory_free",
+        "model",
+        "present",
+        "share_free",
+        "uuid",
+    )
 
     def __init__(self, spec: GpuSpec) -> None:
         self.uuid = spec.uuid
@@ -87,6 +97,8 @@ class Gpu:
         self.share_free = 1000
         """Thousandths that no Pod and no claim holds; below zero while a claim waits for room."""
         self.memory_free = spec.memory_bytes
+        self.load_us: Micros = 0
+        """What it took lately to start a Pod with a model on it, a moving average; 0: never done."""
 
     @property
     def open(self) -> bool:

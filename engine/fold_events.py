@@ -243,6 +243,11 @@ def pod_started(state: State, now: Micros, e: ev.PodStarted) -> None:
         state.ignore(e)
         return
     pod.state = next_pod_state(pod.state, PodCause.START)
+    if pod.model:
+        for grant in pod.grants:
+            gpu = pod.node.by_uuid[grant.uuid]
+            spent = now - pod.created_at
+            gpu.load_us = (3 * gpu.load_us + spent) // 4 if gpu.load_us else spent
     if pod.tasks:
         pod.state = next_pod_state(pod.state, PodCause.TAKE)
     pod.idle_since = now

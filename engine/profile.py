@@ -52,6 +52,12 @@ class Profile:
     warm_first_us: Micros = 0
     """How much longer a task must have waited than the next one that fits a warm Pod, before that Pod goes for its sake."""
     reclaim_idle: bool = True
+    warm_first_loads: int = 0
+    """The same in times of what a load takes where the Pod is; 0: `warm_first_us` counts."""
+    serve_loads: int = 0
+    """A Pod whose model has tasks waiting stays until it has served for so many times its load; 0: it may go at any time."""
+    gather_us: Micros = 0
+    """How long an ordinary task stands back for models with more tasks waiting per Pod where others must leave; 0: never."""
     # preemption
     preempt: bool = False
     urgent_weight: int = 10

@@ -30,7 +30,7 @@ _COUNTERS = (
 )
 _TENANT = ("seq", "weight", "max_pending", "max_running", "pending", "running", "vtime", "credit", "floor")
 _GROUP = ("seq", "live", "pending", "placed", "vtime", "credit")
-_GPU = ("uuid", "model", "memory_bytes", "healthy", "present", "drained", "share_free", "memory_free")
+_GPU = ("uuid", "model", "memory_bytes", "healthy", "present", "drained", "share_free", "memory_free", "load_us")
 _POD = ("number", "method", "model", "slots", "created_at", "idle_since", "stopping_since", "reason", "claimed_by")
 _TASK = (
     "seq",

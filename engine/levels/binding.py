@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
 
-from engine.entities import Task
+from engine.entities import Pod, Task
 from engine.kinds import Kind, RoomLine, WarmLine
 from engine.levels.backfill import place_in_order
 from engine.levels.choice import bind_warm, choose_node, room_version
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
+from engine.levels.models import look_back, may_leave, next_for_room, stands_back
 from engine.levels.room import claim, make_room
 from engine.lines import Rank
 from engine.turn import Turn
@@ -139,10 +140,10 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     pod = turn.backlog.pick_warm(line, task)
     if pod is None:
         return False
-    if not pod.tasks and turn.profile.reclaim_idle:
+    if not pod.tasks and turn.profile.reclaim_idle and not turn.backlog.earns_load(pod, turn.now):
         if rank[0] >= 0 and turn.backlog.is_turn_of_aged() and _yield_to_aged(turn, task):
             return True
-        if not (turn.cold_known and turn.cold is None) and _yield_to_cold(turn, rank, task):
+        if not (turn.cold_known and turn.cold is None) and _yield_to_cold(turn, rank, task, pod):
             return True
     bind_warm(turn, task, pod)
     return True
@@ -162,7 +163,7 @@ def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     return True
 
 
-def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
+def _yield_to_cold(turn: Turn, rank: Rank, task: Task, pod: Pod) -> bool:
     """Give an idle Pod's room to a task that ranks before the one the Pod would serve, if that has waited long enough."""
     cold = turn.cold
     if not turn.cold_known or (cold is not None and cold[1].line_ticket != cold[3]):
@@ -171,10 +172,7 @@ def _yield_to_cold(turn: Turn, rank: Rank, task: Task) -> bool:
     if cold is None or cold[0] > rank:
         return False
     cold_rank, other, line, _ = cold
-    if cold_rank[0] == rank[0]:
-        if other.submitted_at + turn.profile.warm_first_us > task.submitted_at:
-            return False
-    elif other.pending_since + turn.profile.preempt_patience_us > turn.now and _has_pods(turn, other):
+    if not may_leave(turn, pod, task, other, cold_rank[0] == rank[0]):
         return False
     return other is not task and claim_room(turn, other, line)
 
@@ -185,21 +183,16 @@ def _yield_to_aged(turn: Turn, task: Task) -> bool:
     for line in turn.backlog.open_rooms:
         if line.live and not line.active and line.members == 1:
             head = line.aged_head()
-            if head is not None and (best is None or head[0] < best[0]):
+            if head is not None and (best is None or head[0] < best[0]) and not stands_back(turn, head[1]):
                 best = (head[0], head[1], line)
     return best is not None and best[1] is not task and claim_room(turn, best[1], best[2])
-
-
-def _has_pods(turn: Turn, task: Task) -> bool:
-    """Tell whether Pods of the task's model are there: one of their slots may be free sooner than a new Pod is ready."""
-    return (task.spec.method, task.spec.model) in turn.backlog.by_model
 
 
 def _next_cold(turn: Turn) -> tuple[Rank, Task, RoomLine, int] | None:
     best: tuple[Rank, Task, RoomLine, int] | None = None
     for line in turn.backlog.open_rooms:
         if line.live and not line.active and line.members == 1:
-            head = line.head()
+            head = next_for_room(turn, line)
             if head is not None and (best is None or head[0] < best[0]):
                 best = (head[0], head[1], line, head[1].line_ticket)
     return best
@@ -214,11 +207,14 @@ def reclaim(turn: Turn) -> bool:
     if backlog.no_room_at == version:
         return False
     waiting = []
+    standing_back: Task | None = None
     for line in backlog.room_lines.values():
         if line.live and not line.active and line.members == 1 and line.failed_at != room_version(turn):
-            head = line.head()
+            head = next_for_room(turn, line)
             if head is not None:
                 waiting.append((head[0], line, head[1]))
+            elif standing_back is None and (first := line.head()) is not None:
+                standing_back = first[1]
     waiting.sort(key=lambda item: item[0])
     if backlog.is_turn_of_aged():
         aged = [(head[0], line, head[1]) for _, line, _ in waiting if (head := line.aged_head()) is not None]
@@ -228,7 +224,9 @@ def reclaim(turn: Turn) -> bool:
         if task.line_ticket and claim_room(turn, task, line):
             made = True
             backlog.wake(line)
-    if not made and len(turn.state.claims) < turn.limits.claims:
+    if standing_back is not None:
+        look_back(turn, standing_back)
+    elif not made and len(turn.state.claims) < turn.limits.claims:
         backlog.no_room_at = version
     return made
 

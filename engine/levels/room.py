@@ -47,11 +47,13 @@ def claim(
 
 
 def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tuple[GpuGrant, ...], list[Pod]] | None:
-    """Return a node, the devices and the idle Pods that must go, those idle longest first; None when that makes no room."""
+    """Return a node, the devices and the idle Pods that must go; None when that makes no room."""
     backlog = turn.backlog
     tried: dict[int, None] = {}
-    for pod in backlog.oldest_idle():
+    for pod in backlog.idle_pods():
         node = pod.node
+        if backlog.earns_load(pod, turn.now):
+            continue
         if node.index in tried or (line.node >= 0 and node.index != line.node):
             continue
         if node.exclusive not in (None, task.group if task is not None else None) or (
@@ -69,9 +71,9 @@ def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tupl
 
 def _try_node(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
     cluster, demand = turn.state.cluster, line.fit.demand
-    idle = sorted(
-        (p for p in node.pods.values() if p.number in turn.backlog.idle), key=lambda p: (p.idle_since, p.number)
-    )
+    backlog = turn.backlog
+    idle = [pod for pod in node.pods.values() if pod.number in backlog.idle and not backlog.earns_load(pod, turn.now)]
+    idle.sort(key=backlog.idle_order)
     victims: list[Pod] = []
     grants: tuple[GpuGrant, ...] | None = None
     for pod in idle:
