@@ -15,7 +15,7 @@ import torch
 from executors.methods.base import InputRefused
 from executors.methods.pipelines import LoadedPipeline
 
-_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -50,7 +50,7 @@ def build_scheduler(pipe: Any, name: str | None) -> Any:
         return type(pipe.scheduler).from_config(pipe.scheduler.config)
     import diffusers
 
-    class_name, changes = _SCHEDULERS[name]
+    class_name, changes = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(pipe.scheduler.config, **changes)
 
 
@@ -133,7 +133,7 @@ def denoise(
         extra["added_cond_kwargs"] = sdxl_conditions(loaded, conditioning, count, width, height)
     accepted = inspect.signature(scheduler.step).parameters
     step_options: dict[str, Any] = {"generator": random} if "generator" in accepted else {}
-    timestep_condition = _guidance_embedding(loaded, guidance, count * (2 if guided else 1))
+    timestep_condition = guidance_embedding(loaded, guidance, count * (2 if guided else 1))
     times = scheduler.timesteps
     for index, time in enumerate(times):
         before_step(index, len(times))
@@ -164,7 +164,7 @@ def sdxl_conditions(
     return {"text_embeds": text, "time_ids": times.expand(len(text), -1)}
 
 
-def _guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> torch.Tensor | None:
+def guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> torch.Tensor | None:
     """Distilled models (LCM) take the guidance as an input of the UNet."""
     width = loaded.pipe.unet.config.time_cond_proj_dim
     if width is None:

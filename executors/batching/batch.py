@@ -1,0 +1,304 @@
+"""The running batch: pictures enter and leave at every step, each at its own step of its own sampler.
+
+A picture does not depend on its company: alone, its numbers are bit for bit those of the plain pipeline; in company they differ
+by what a matrix product of another size rounds differently. Everything that makes a picture is one `Trajectory`; only the calls
+of the networks are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from executors.batching.conditions import PromptEncoder
+from executors.batching.lora import AdapterBank
+from executors.batching.previews import PreviewMap
+from executors.batching.requests import (
+    BatchEvent,
+    Entered,
+    Failed,
+    Finished,
+    KeptPicture,
+    PictureRequest,
+    Previewed,
+    SetAside,
+    Stepped,
+)
+from executors.batching.trajectory import Trajectory
+from executors.methods import device, sampling
+from executors.methods.base import InputRefused
+from executors.methods.parameters import MAX_SEED
+from executors.methods.pipelines import LoadedPipeline
+
+CAPACITY = 16
+"""Pictures in the steps at once."""
+DECODED_AT_ONCE = 4
+"""Finished pictures that are decoded between two steps at most: the others' steps wait no longer than that."""
+
+_Bucket = tuple[int, int, bool, float]
+
+
+class RunningBatch:
+    """Makes many pictures with one loaded model. Not for use by several threads; `step` does all the work."""
+
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        *,
+        capacity: int = CAPACITY,
+        decoded_at_once: int = DECODED_AT_ONCE,
+        bank: AdapterBank | None = None,
+    ) -> None:
+        """Raises InputRefused for a model of a family that has no step loop here, ValueError for a capacity below 1."""
+        if loaded.family == "other":
+            raise InputRefused(
+                "model", f"{type(loaded.pipe).__name__} has no step loop here; its requests run one after the other"
+            )
+        if capacity < 1 or decoded_at_once < 1:
+            raise ValueError(f"capacity {capacity}, decoded_at_once {decoded_at_once}: both must be 1 or more")
+        self.bank = bank or AdapterBank(loaded)
+        self._loaded = loaded
+        self._capacity = capacity
+        self._decoded_at_once = decoded_at_once
+        self._encoder = PromptEncoder(loaded, self.bank)
+        self._previews: PreviewMap | None = None
+        self._waiting: dict[str, KeptPicture] = {}
+        self._running: dict[str, Trajectory] = {}
+        self._denoised: dict[str, Trajectory] = {}
+        self._call_limits: dict[tuple[int, int], int] = {}
+        """Pictures in one call of the network by width and height, where memory has run out before."""
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running) + len(self._denoised)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._waiting or id in self._running or id in self._denoised
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The pictures that take part in the next step, unless a more urgent one comes."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """The pictures that wait for room."""
+        return tuple(self._waiting)
+
+    # --- orders -----------------------------------------------------------------------------------------------------
+
+    def admit(self, request: PictureRequest) -> None:
+        """Let a picture enter at the next step; raises InputRefused naming the field."""
+        self.resume(KeptPicture(request))
+
+    def pause(self, id: str) -> KeptPicture:
+        """Take a picture out between two steps and return what it needs to go on, in host memory; raises KeyError."""
+        if id in self._waiting:
+            return self._waiting.pop(id)
+        trajectory = self._running.pop(id, None) or self._denoised.pop(id, None)
+        if trajectory is None:
+            raise KeyError(f"picture {id!r} is not in this batch")
+        return trajectory.keep()
+
+    def resume(self, kept: KeptPicture) -> None:
+        """Let a picture go on where it was kept, also in another batch of the same model; raises InputRefused."""
+        self._check(kept.request)
+        self._waiting[kept.request.id] = kept
+
+    def cancel(self, id: str) -> bool:
+        """Drop a picture: it takes part in no further step and is not decoded; False when it is not here."""
+        places: tuple[dict[str, Any], ...] = (self._waiting, self._running, self._denoised)
+        return any(place.pop(id, None) is not None for place in places)
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[BatchEvent]:
+        """Let in whom there is room for, take every running picture one step on, and decode some of the finished ones."""
+        events: list[BatchEvent] = []
+        self._fill(events)
+        self._condition(events)
+        buckets: dict[_Bucket, list[Trajectory]] = {}
+        for trajectory in self._running.values():
+            buckets.setdefault(self._bucket(trajectory), []).append(trajectory)
+        for (width, height, _guided, scale), members in buckets.items():
+            self._loaded.set_adapter_scale(scale)
+            limit = self._call_limits.get((width, height), self._capacity)
+            for start in range(0, len(members), limit):
+                self._advance(members[start : start + limit], events)
+        self._decode(events)
+        return events
+
+    def _fill(self, events: list[BatchEvent]) -> None:
+        """Let waiting pictures in, the most urgent first; where all places are taken a less urgent one goes back to wait."""
+        arrival = {id: number for number, id in enumerate(self._waiting)}
+        order = sorted(
+            self._waiting.values(),
+            key=lambda kept: (-kept.request.priority, not kept.done, kept.request.place, arrival[kept.request.id]),
+        )
+        for kept in order:
+            request = kept.request
+            if len(self._running) >= self._capacity:
+                # Of the least urgent the one that is least far: it has the most left to do anyway.
+                least = min(self._running.values(), key=lambda t: (t.request.priority, t.done))
+                if least.request.priority >= request.priority:
+                    return
+                self._waiting[least.request.id] = self.pause(least.request.id)
+                events.append(SetAside(least.request.id))
+            del self._waiting[request.id]
+            try:
+                trajectory = Trajectory(self._loaded, request, kept)
+            except Exception as error:
+                events.append(Failed(request.id, error))
+                continue
+            events.append(Entered(request.id))
+            place = self._running if trajectory.done < trajectory.total else self._denoised
+            place[request.id] = trajectory
+
+    def _condition(self, events: list[BatchEvent]) -> None:
+        """Encode the prompts of those that have just entered; when a batch of them fails, each is tried alone."""
+        entered = [trajectory for trajectory in self._running.values() if trajectory.conditioning is None]
+        if not entered:
+            return
+        try:
+            found = self._encoder.encode([trajectory.request for trajectory in entered])
+        except Exception as error:
+            if len(entered) == 1:
+                self._fail(entered[0], error, events)
+                return
+            for trajectory in entered:
+                try:
+                    [conditioning] = self._encoder.encode([trajectory.request])
+                    self._give(trajectory, conditioning)
+                except Exception as own:
+                    self._fail(trajectory, own, events)
+            return
+        for trajectory, conditioning in zip(entered, found, strict=True):
+            self._give(trajectory, conditioning)
+
+    def _give(self, trajectory: Trajectory, conditioning: sampling.Conditioning) -> None:
+        trajectory.conditioning = conditioning
+        rows = 2 if trajectory.guided else 1
+        trajectory.times_condition = sampling.guidance_embedding(self._loaded, trajectory.request.guidance, rows)
+
+    def _advance(self, members: Sequence[Trajectory], events: list[BatchEvent]) -> None:
+        """Take pictures of one bucket a step on; what fails in company is tried in halves, so that only the culprit fails."""
+        try:
+            guesses = self._predict(members)
+        except Exception as error:
+            if len(members) == 1:
+                self._fail(members[0], error, events)
+                return
+            half = (len(members) + 1) // 2
+            if device.is_out_of_memory(error):
+                size = (members[0].request.width, members[0].request.height)
+                self._call_limits[size] = min(self._call_limits.get(size, half), half)
+                device.forget_unused(self._loaded.device)
+            self._advance(members[:half], events)
+            self._advance(members[half:], events)
+            return
+        for trajectory, guess in zip(members, guesses, strict=True):
+            try:
+                self._take(trajectory, guess, events)
+            except Exception as error:
+                self._fail(trajectory, error, events)
+
+    def _take(self, trajectory: Trajectory, guess: torch.Tensor, events: list[BatchEvent]) -> None:
+        trajectory.advance(guess)
+        request = trajectory.request
+        events.append(Stepped(request.id, trajectory.done, trajectory.total))
+        if trajectory.done == trajectory.total:
+            self._denoised[request.id] = self._running.pop(request.id)
+        elif request.preview_every and trajectory.done % request.preview_every == 0:
+            self._previews = self._previews or PreviewMap(self._loaded)
+            shown = trajectory.latents if trajectory.guess_of_end is None else trajectory.guess_of_end
+            events.append(Previewed(request.id, trajectory.done, self._previews.show(shown)))
+
+    @torch.no_grad()
+    def _predict(self, members: Sequence[Trajectory]) -> list[torch.Tensor]:
+        """One call of the network: each guided picture has two rows, the negative one first, as the plain pipeline has them."""
+        each = 2 if members[0].guided else 1
+        rows: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
+        for trajectory in members:
+            conditioning = trajectory.conditioning
+            assert conditioning is not None
+            rows += [trajectory.input()] * each
+            states += (
+                [conditioning.positive]
+                if conditioning.negative is None
+                else [conditioning.negative, conditioning.positive]
+            )
+        times = torch.stack([trajectory.time for trajectory in members]).float().repeat_interleave(each)
+        extra: dict[str, Any] = {}
+        if members[0].times_condition is not None:
+            extra["timestep_cond"] = torch.cat([t.times_condition for t in members if t.times_condition is not None])
+        if self._loaded.family == "sdxl":
+            extra["added_cond_kwargs"] = self._sizes_and_pooled(members)
+        with self.bank.applied([trajectory.request.adapters for trajectory in members]):
+            guess = self._loaded.pipe.unet(
+                torch.cat(rows), times.to(self._loaded.device), encoder_hidden_states=torch.cat(states), **extra
+            ).sample
+        return list(guess.split(each))
+
+    def _sizes_and_pooled(self, members: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+        """SDXL's further inputs, the rows of each picture together."""
+        own = [
+            sampling.sdxl_conditions(self._loaded, t.conditioning, 1, t.request.width, t.request.height)
+            for t in members
+            if t.conditioning is not None
+        ]
+        return {name: torch.cat([each[name] for each in own]) for name in own[0]}
+
+    def _decode(self, events: list[BatchEvent]) -> None:
+        """Decode the oldest finished pictures, those of one size together."""
+        if not self._denoised:
+            return
+        first = next(iter(self._denoised.values()))
+        alike = [t for t in self._denoised.values() if t.latents.shape == first.latents.shape][: self._decoded_at_once]
+        try:
+            pictures = sampling.decode(self._loaded, torch.cat([trajectory.latents for trajectory in alike]))
+            made: list[Any] = list(pictures)
+        except Exception as error:
+            made = [error] if len(alike) == 1 else [self._decode_alone(trajectory) for trajectory in alike]
+        for trajectory, picture in zip(alike, made, strict=True):
+            del self._denoised[trajectory.request.id]
+            outcome = Failed if isinstance(picture, Exception) else Finished
+            events.append(outcome(trajectory.request.id, picture))
+
+    def _decode_alone(self, trajectory: Trajectory) -> Any:
+        device.forget_unused(self._loaded.device)
+        try:
+            return sampling.decode(self._loaded, trajectory.latents)[0]
+        except Exception as error:
+            return error
+
+    def _fail(self, trajectory: Trajectory, error: Exception, events: list[BatchEvent]) -> None:
+        self.cancel(trajectory.request.id)
+        events.append(Failed(trajectory.request.id, error))
+
+    @staticmethod
+    def _bucket(trajectory: Trajectory) -> _Bucket:
+        request = trajectory.request
+        return (request.width, request.height, trajectory.guided, request.adapter_scale)
+
+    def _check(self, request: PictureRequest) -> None:
+        if request.id in self:
+            raise InputRefused("id", f"{request.id!r} is in the batch already")
+        if not request.id:
+            raise InputRefused("id", "must not be empty")
+        if request.steps < 1:
+            raise InputRefused("steps", f"must be 1 or more, not {request.steps}")
+        if not 0 <= request.seed <= MAX_SEED * 2:
+            raise InputRefused("seed", f"must be 0 or more, not {request.seed}")
+        if request.scheduler is not None and request.scheduler not in sampling.SCHEDULERS:
+            raise InputRefused(
+                "scheduler", f"{request.scheduler!r} is unknown; choose from {', '.join(sampling.SCHEDULERS)}"
+            )
+        factor = int(self._loaded.pipe.vae_scale_factor)
+        for name, value in (("width", request.width), ("height", request.height)):
+            if value < factor or value % factor:
+                raise InputRefused(name, f"must be a multiple of {factor} for {self._loaded.model.id}, not {value}")
+        for name, _weight in request.adapters:
+            if name not in self.bank:
+                raise InputRefused("adapters", f"{name!r} is not loaded here; load it before the request enters")

@@ -1,0 +1,81 @@
+"""Prompts for the network, encoded in batches and remembered: pictures of one job share theirs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from executors.batching.lora import AdapterBank
+from executors.batching.requests import PictureRequest
+from executors.methods import sampling
+from executors.methods.pipelines import LoadedPipeline
+
+REMEMBERED = 64
+"""Prompts whose encoding is kept, the least recently used are forgotten first."""
+AT_ONCE = 16
+"""Prompts that one call encodes at most, so that the steps of the others wait no longer."""
+
+_Key = tuple[str, str, bool, Any, float]
+
+
+class PromptEncoder:
+    """The text encoders of a loaded model, with the adapters of each prompt's own request."""
+
+    def __init__(self, loaded: LoadedPipeline, bank: AdapterBank) -> None:
+        self._loaded = loaded
+        self._bank = bank
+        self._known: OrderedDict[_Key, sampling.Conditioning] = OrderedDict()
+
+    def encode(self, requests: Sequence[PictureRequest]) -> list[sampling.Conditioning]:
+        """Encode the prompts of requests, in their order; one that is alone goes exactly the plain pipeline's way."""
+        keys = [self._key(request) for request in requests]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
+        alike: dict[tuple[bool, float], list[_Key]] = {}
+        for key in missing:
+            alike.setdefault((key[2], key[4]), []).append(key)
+        for (guided, scale), group in alike.items():
+            self._loaded.set_adapter_scale(scale)
+            for start in range(0, len(group), AT_ONCE):
+                part = group[start : start + AT_ONCE]
+                found.update(zip(part, self._run([missing[key] for key in part], guided), strict=True))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def forget(self) -> None:
+        """Forget all encodings, after an adapter has changed under its name."""
+        self._known.clear()
+
+    def _key(self, request: PictureRequest) -> _Key:
+        guided = sampling.is_guided(self._loaded, request.guidance)
+        adapters = tuple(sorted(request.adapters))
+        return (request.prompt, request.negative_prompt if guided else "", guided, adapters, request.adapter_scale)
+
+    @torch.no_grad()
+    def _run(self, requests: list[PictureRequest], guided: bool) -> list[sampling.Conditioning]:
+        if len(requests) == 1 or self._loaded.family != "sd":
+            # SDXL zeroes an absent negative prompt, which a list of prompts cannot say one by one.
+            return [self._alone(request, guided) for request in requests]
+        with self._bank.applied([request.adapters for request in requests]):
+            positive, negative = self._loaded.pipe.encode_prompt(
+                [request.prompt for request in requests],
+                device=self._loaded.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=guided,
+                negative_prompt=[request.negative_prompt for request in requests],
+            )
+        return [
+            sampling.Conditioning(positive[i : i + 1], negative[i : i + 1] if guided else None)
+            for i in range(len(requests))
+        ]
+
+    def _alone(self, request: PictureRequest, guided: bool) -> sampling.Conditioning:
+        with self._bank.applied([request.adapters]):
+            return sampling.encode_prompt(self._loaded, request.prompt, request.negative_prompt, guided)

@@ -1,0 +1,321 @@
+"""Many adapters (LoRA) in one call of a network: each request's rows get the low-rank differences of its own adapters.
+
+For every adapted layer the call adds ``up[request] (down[request] x)``, two batched matrix products, to what the base layer gives.
+The base weights are never touched, so nothing is swapped, fused or undone, and requests without adapters get the base's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from executors.batching.requests import AdapterWeights
+from executors.methods import adapters
+from executors.methods.base import ModelMissing
+from executors.methods.pipelines import LoadedPipeline
+
+SLOTS = 64
+"""Different sets of adapters that stay written; more are made when one call needs more."""
+MAX_RANK = 512
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class AdapterBank:
+    """Adapters by name on the parts of one loaded model. Not for use by several threads."""
+
+    def __init__(self, loaded: LoadedPipeline) -> None:
+        self._layers = {
+            adapters.weight_key(part, name): _Layer(module)
+            for part, whole in loaded.parts.items()
+            for name, module in whole.named_modules()
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        }
+        self._pairs: dict[str, dict[str, _Pair]] = {}
+        self._written: OrderedDict[AdapterWeights, int] = OrderedDict()
+        self._rank = 0
+        self._applied: tuple[int, ...] = ()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pairs
+
+    def names(self) -> tuple[str, ...]:
+        """Return the adapters that requests may name."""
+        return tuple(self._pairs)
+
+    def size_bytes(self, name: str) -> int:
+        """Return the memory that an adapter's weights take."""
+        return sum(t.numel() * t.element_size() for pair in self._pairs[name].values() for t in pair)
+
+    def add(self, name: str, source: Path) -> None:
+        """Read an adapter, a directory that a training left or a safetensors file with diffusers' names; raises ModelMissing."""
+        self.put(name, _read(source))
+
+    def put(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take an adapter's tensors, ``<part>.<layer>.lora_A.weight`` and ``lora_B.weight``.
+
+        Raises ModelMissing with the reason when they do not fit the base model.
+        """
+        pairs = _paired(name, tensors)
+        for key, (down, up) in pairs.items():
+            layer = self._layers.get(key)
+            if layer is None:
+                raise ModelMissing(
+                    f"adapter {name}: its layer {key} is not in the base model; it belongs to another base"
+                )
+            layer.check(name, key, down, up)
+        self.remove(name)
+        self._pairs[name] = {key: self._layers[key].placed(pair) for key, pair in pairs.items()}
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; nothing when there is none of this name."""
+        if self._pairs.pop(name, None) is not None:
+            for written in [written for written in self._written if any(each == name for each, _ in written)]:
+                del self._written[written]
+
+    @contextmanager
+    def applied(self, sets: Sequence[AdapterWeights]) -> Iterator[None]:
+        """Within this, the rows of a call belong to as many requests, in order and equally many each; raises KeyError."""
+        wanted = [tuple(sorted(each)) for each in sets]
+        if not any(wanted):
+            yield
+            return
+        index = self._index(wanted)
+        touched = [layer for layer in self._layers.values() if layer.down is not None]
+        if index != self._applied:
+            for layer in touched:
+                layer.select(index)
+            self._applied = index
+        for layer in touched:
+            layer.active = True
+        try:
+            yield
+        finally:
+            for layer in touched:
+                layer.active = False
+
+    def _index(self, wanted: list[AdapterWeights]) -> tuple[int, ...]:
+        """Return the slot of each set, after writing those that are not written yet."""
+        different = list(dict.fromkeys([(), *wanted]))
+        for each in different:
+            for name, _ in each:
+                if name not in self._pairs:
+                    raise KeyError(f"adapter {name!r} is not loaded here; it has {', '.join(self._pairs) or 'none'}")
+        missing = [each for each in different if each not in self._written]
+        if missing:
+            self._make_room(different, missing)
+            for each in missing:
+                self._write(each)
+        for each in different:
+            self._written.move_to_end(each)
+        return tuple(self._written[each] for each in wanted)
+
+    def _make_room(self, different: list[AdapterWeights], missing: list[AdapterWeights]) -> None:
+        rank = max(self._rank_of(each) for each in missing)
+        keys = {key for each in missing for name, _ in each for key in self._pairs[name]}
+        grows = rank > self._rank or any(self._layers[key].down is None for key in keys)
+        slots = max(SLOTS, len(different))
+        if grows or len(different) > self._slots():
+            keys |= {key for key, layer in self._layers.items() if layer.down is not None}
+            self._rank = max(rank, self._rank)
+            for key in keys:
+                self._layers[key].allocate(slots, self._rank)
+            self._written.clear()
+            missing[:] = different
+            return
+        needed = len(self._written) + len(missing) - self._slots()
+        for each in [each for each in self._written if each not in different][: max(0, needed)]:
+            del self._written[each]
+
+    def _slots(self) -> int:
+        return max((len(layer.down) for layer in self._layers.values() if layer.down is not None), default=0)
+
+    def _rank_of(self, adapted: AdapterWeights) -> int:
+        ranks: dict[str, int] = {}
+        for name, _ in adapted:
+            for key, (down, _up) in self._pairs[name].items():
+                ranks[key] = ranks.get(key, 0) + len(down)
+        return max(ranks.values(), default=0)
+
+    def _write(self, adapted: AdapterWeights) -> None:
+        used = set(self._written.values())
+        slot = next(slot for slot in range(self._slots()) if slot not in used)
+        for key, layer in self._layers.items():
+            if layer.down is not None:
+                parts = [(*self._pairs[name][key], weight) for name, weight in adapted if key in self._pairs[name]]
+                layer.write(slot, parts)
+        self._written[adapted] = slot
+        self._applied = ()
+
+
+class _Layer:
+    """A base layer with room for the differences of several sets of adapters, [slots, rank, in] and [slots, out, rank]."""
+
+    def __init__(self, module: torch.nn.Linear | torch.nn.Conv2d) -> None:
+        self._module = module
+        self._hooked = False
+        self.active = False
+        self.down: torch.Tensor | None = None
+        self._up: torch.Tensor | None = None
+        self._selected: _Pair | None = None
+
+    def check(self, name: str, key: str, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Raise ModelMissing when a pair does not fit this layer."""
+        weight = self._module.weight
+        wide = (len(down), *weight.shape[1:])
+        if tuple(down.shape) != wide or up.shape[:2] != (weight.shape[0], len(down)) or up[0, 0].numel() != 1:
+            raise ModelMissing(
+                f"adapter {name}: its layer {key} is {tuple(up.shape)} x {tuple(down.shape)}, the base model's weight is "
+                f"{tuple(weight.shape)}; it belongs to another base"
+            )
+        if isinstance(self._module, torch.nn.Conv2d) and self._module.groups != 1:
+            raise ModelMissing(f"adapter {name}: its layer {key} is a grouped convolution, which cannot be adapted")
+        if not 1 <= len(down) <= MAX_RANK:
+            raise ModelMissing(f"adapter {name}: its layer {key} has rank {len(down)}; from 1 to {MAX_RANK} are taken")
+        if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ModelMissing(f"adapter {name}: its layer {key} holds numbers that are not finite; train it again")
+
+    def placed(self, pair: _Pair) -> _Pair:
+        """Bring a pair to where the layer is, ``up`` as [out, rank]."""
+        weight = self._module.weight
+        down, up = (each.detach().to(weight.device, weight.dtype) for each in pair)
+        return down, up.reshape(up.shape[0], up.shape[1])
+
+    def allocate(self, slots: int, rank: int) -> None:
+        """Make empty room; what was written is gone."""
+        weight = self._module.weight
+        self.down = weight.new_zeros((slots, rank, *weight.shape[1:]))
+        self._up = weight.new_zeros((slots, weight.shape[0], rank))
+        self._selected = None
+        if not self._hooked:
+            self._module.register_forward_hook(self._after)
+            self._hooked = True
+
+    @torch.no_grad()
+    def write(self, slot: int, parts: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+        """Put pairs with their weights into a slot, one rank after the other."""
+        assert self.down is not None
+        assert self._up is not None
+        self.down[slot].zero_()
+        self._up[slot].zero_()
+        at = 0
+        for down, up, weight in parts:
+            end = at + len(down)
+            self.down[slot, at:end] = down
+            self._up[slot, :, at:end] = weight * up
+            at = end
+
+    def select(self, index: tuple[int, ...]) -> None:
+        """Gather the slots of the requests of the calls that follow."""
+        assert self.down is not None
+        assert self._up is not None
+        places = torch.tensor(index, device=self.down.device)
+        down, up = self.down[places], self._up[places]
+        if isinstance(self._module, torch.nn.Linear):
+            down, up = down.transpose(1, 2).contiguous(), up.transpose(1, 2).contiguous()
+        self._selected = (down, up)
+
+    def _after(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if not self.active or self._selected is None:
+            return None
+        down, up = self._selected
+        requests, x = len(down), inputs[0]
+        if isinstance(module, torch.nn.Conv2d):
+            return output + self._convolved(module, x, down, up)
+        rows = x.reshape(requests, -1, x.shape[-1])
+        base = output.reshape(requests, -1, output.shape[-1])
+        return torch.baddbmm(base, torch.bmm(rows, down), up).view(output.shape)
+
+    @staticmethod
+    def _convolved(module: torch.nn.Conv2d, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """One grouped convolution, a group for each request, then one product for each place."""
+        requests, rank = down.shape[:2]
+        each, (channels, height, width) = len(x) // requests, x.shape[1:]
+        grouped = x.view(requests, each, channels, height, width).transpose(0, 1)
+        grouped = grouped.reshape(each, requests * channels, height, width)
+        if module.padding_mode != "zeros":
+            grouped = torch.nn.functional.pad(
+                grouped, module._reversed_padding_repeated_twice, mode=module.padding_mode
+            )
+        narrow = torch.nn.functional.conv2d(
+            grouped,
+            down.reshape(requests * rank, channels, *down.shape[3:]),
+            stride=module.stride,
+            padding=module.padding if module.padding_mode == "zeros" else 0,
+            dilation=module.dilation,
+            groups=requests,
+        )
+        size = narrow.shape[2:]
+        places = narrow.view(each, requests, rank, -1).permute(1, 2, 0, 3).reshape(requests, rank, -1)
+        wide = torch.bmm(up, places).view(requests, -1, each, *size)
+        return wide.transpose(1, 2).reshape(requests * each, -1, *size)
+
+
+def _read(source: Path) -> dict[str, torch.Tensor]:
+    file = source
+    if source.is_dir():
+        files = sorted(source.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ModelMissing(
+                f"adapter: {source} holds {len(files)} safetensors files instead of one; keep only the LoRA file"
+            )
+        file = files[0]
+        _check_facts(source)
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            _check_scale(file, opened.metadata() or {})
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ModelMissing(f"adapter: {file} cannot be read ({error}); train or upload it again") from error
+
+
+def _check_facts(folder: Path) -> None:
+    facts = folder / adapters.FACTS
+    if not facts.exists():
+        return
+    try:
+        known = json.loads(facts.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelMissing(f"adapter: {facts} cannot be read ({error}); train or upload it again") from error
+    if not isinstance(known, dict) or known.get("format") != adapters.FORMAT:
+        raise ModelMissing(f"adapter: {facts} has a format that is unknown, this version reads {adapters.FORMAT}")
+
+
+def _check_scale(file: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse files whose scale is not 1: some tools write it beside the weights."""
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise ModelMissing(f"adapter: {file} has metadata that cannot be read ({error})") from error
+    for key, alpha in noted.items():
+        if key.endswith("lora_alpha") and alpha != noted.get(key.removesuffix("lora_alpha") + "r", alpha):
+            raise ModelMissing(f"adapter: {file} is scaled by {key} = {alpha}; fold the scale into its weights first")
+
+
+def _paired(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Pair]:
+    if not tensors:
+        raise ModelMissing(f"adapter {name}: it holds no weights; train or upload it again")
+    pairs: dict[str, _Pair] = {}
+    for key, down in tensors.items():
+        if key.endswith(_UP):
+            if key.removesuffix(_UP) + _DOWN not in tensors:
+                raise ModelMissing(f"adapter {name}: {key} is there without its {_DOWN[1:]}; train or upload it again")
+            continue
+        if not key.endswith(_DOWN):
+            raise ModelMissing(
+                f"adapter {name}: {key} is no low-rank difference; a model trained in full, or a file of another tool, "
+                "cannot share a batch and needs a Pod of its own"
+            )
+        up = tensors.get(key.removesuffix(_DOWN) + _UP)
+        if up is None:
+            raise ModelMissing(f"adapter {name}: {key} is there without its {_UP[1:]}; train or upload it again")
+        part, _, layer = key.removesuffix(_DOWN).partition(".")
+        pairs[adapters.weight_key(part, layer)] = (down, up)
+    return pairs
