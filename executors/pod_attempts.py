@@ -18,6 +18,7 @@ from executors.dfs import ObjectFileStore, open_store
 from executors.methods import registry
 from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing
 from executors.methods.parameters import PARAMETERS, ParameterError, validate
+from executors.methods.together import SharedMethod
 from executors.pod_checkpoints import CheckpointShelf
 from executors.pod_main import PROGRESS_PERIOD_S, Link, Order, Orders, PodSpec, cleared, log_tail
 from executors.pod_models import ModelCache
@@ -63,6 +64,7 @@ class Attempt:
         self._announced = ""
         self._sent_at = -PROGRESS_PERIOD_S
         self.device = spec.device
+        self.cache_dir = models.cache_dir.parent / "priors"
         self.checkpoint = self._shelf.restore(order.checkpoint, self._directory / "checkpoint")
 
     @property
@@ -98,7 +100,7 @@ class Attempt:
 
     def should_stop(self) -> bool:
         """Tell whether to stop before the next step."""
-        return self._orders.should_stop()
+        return self._orders.should_stop(self._key)
 
     def fetch(self, file_id: str) -> Path:
         """Return a local copy of a stored file; raises InputFileMissing."""
@@ -180,6 +182,20 @@ class Attempts:
             self._remove_directory(order)
         return True
 
+    def share(self, slots: int) -> bool:
+        """Have the method run several attempts at once; False when there is one slot only, or when it cannot."""
+        return slots > 1 and isinstance(self._method, SharedMethod) and self._method.share(slots)
+
+    def serve(self) -> None:
+        """Do the device's work for the attempts of all slots, until `leave`."""
+        assert isinstance(self._method, SharedMethod)
+        self._method.serve()
+
+    def leave(self) -> None:
+        """Let `serve` return."""
+        assert isinstance(self._method, SharedMethod)
+        self._method.leave()
+
     def close(self) -> None:
         """Give the model's memory back."""
         self._method.close()
@@ -202,7 +218,7 @@ class Attempts:
 
     def _report_stop(self, order: Order, attempt: Attempt | None, cancelled: Cancelled) -> None:
         checkpoint = ""
-        if attempt is not None and cancelled.checkpoint is not None and self._orders.keeps_checkpoint():
+        if attempt is not None and cancelled.checkpoint is not None and self._orders.keeps_checkpoint(order.key):
             try:
                 checkpoint = attempt.keep_checkpoint(cancelled.checkpoint)
             except Exception:

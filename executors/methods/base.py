@@ -33,7 +33,7 @@ class ResultFile:
     path: Path
     media_type: str
     role: str
-    """``picture``, ``adapter`` or ``log``."""
+    """``picture``, ``adapter`` (what a trained model is loaded from), ``validation`` (a picture made on the way) or ``log``."""
 
     @property
     def name(self) -> str:
@@ -86,6 +86,11 @@ class MethodContext(Protocol):
     @property
     def checkpoint(self) -> Path | None:
         """A directory kept by an earlier attempt (`Cancelled.checkpoint`), None for a fresh start."""
+        ...
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """A directory that outlives the attempt, shared by the Pods of a node; None: there is none."""
         ...
 
     def progress(self, done: int, total: int, note: str = "") -> None:

@@ -17,6 +17,8 @@ from executors.methods.base import InputRefused
 
 STATE, FACTS = "state.safetensors", "state.json"
 _OPTIMIZER = "optimizer/"
+_NUMBER = "#number"
+"""Ends the name of a value that is a plain number, as some optimizers count their steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     """An optimizer's moments and counts as flat named tensors."""
     slots = optimizer.state_dict()["state"]
     return {
-        f"{_OPTIMIZER}{index}/{name}": torch.as_tensor(value).detach().cpu().clone()
+        f"{_OPTIMIZER}{index}/{name}{'' if torch.is_tensor(value) else _NUMBER}": torch.as_tensor(value)
+        .detach()
+        .cpu()
+        .clone()
         for index, values in slots.items()
         for name, value in values.items()
     }
@@ -44,11 +49,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `optimizer_tensors` took, into an optimizer of the same parameters."""
-    slots: dict[int, dict[str, torch.Tensor]] = {}
+    slots: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith(_OPTIMIZER):
             _, index, name = key.split("/")
-            slots.setdefault(int(index), {})[name] = value
+            # Memory of its own: what a file was read into may lie at any address, and vectorised sums may then differ in a bit.
+            kept = value.item() if name.endswith(_NUMBER) else value.clone()
+            slots.setdefault(int(index), {})[name.removesuffix(_NUMBER)] = kept
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

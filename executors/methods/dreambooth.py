@@ -6,16 +6,28 @@ A step's randomness depends on the seed and the step's number alone, so a resume
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
 
-from executors.methods import adapters, checkpoints, device, pictures, pipelines, prior, sampling
+from executors.methods import (
+    adapters,
+    buckets,
+    device,
+    optimizers,
+    pictures,
+    pipelines,
+    prior,
+    prior_cache,
+    provenance,
+    sampling,
+    training_step,
+    validation,
+)
 from executors.methods.base import (
     Cancelled,
     InputRefused,
@@ -23,91 +35,14 @@ from executors.methods.base import (
     MethodResult,
     ModelMissing,
     ModelRef,
-    ResultFile,
 )
 from executors.methods.parameters import DreamBoothParameters
 from executors.methods.text_to_image import USUAL_GUIDANCE
+from executors.methods.training import Subject, Training
+from executors.methods.training_result import finish
 
-OPENINGS = ("a photo of {}", "a picture of {}", "an image of {}", "{}")
 USUAL_RATES = {"lora": 1e-4, "full": 5e-6}
 CHECKPOINT = "checkpoint"
-
-
-@dataclass(slots=True)
-class _Training:
-    """Everything one run changes or reads at each step."""
-
-    asked: DreamBoothParameters
-    loaded: pipelines.LoadedPipeline
-    noise: Any
-    trainable: Mapping[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    rate: float
-    size_px: int
-    subject: torch.Tensor
-    prior: prior.Prior | None = None
-    step: int = 0
-    loss: float = math.nan
-
-    _encoded: dict[str, sampling.Conditioning] = field(default_factory=dict)
-
-    @property
-    def thing(self) -> str:
-        """What prompts call the subject."""
-        return f"{self.asked.instance_token} {self.asked.category}"
-
-    @property
-    def prior_units(self) -> int:
-        """Progress units of making the prior: one for each denoising step."""
-        if not self.asked.prior_preservation:
-            return 0
-        return len(prior.batches(self.asked.prior_pictures, self.size_px)) * prior.PICTURE_STEPS
-
-    @property
-    def units(self) -> int:
-        """Progress units of the whole run."""
-        return self.prior_units + self.asked.steps
-
-    def prior_prompts(self) -> tuple[str, ...]:
-        """Prompts of the prior pictures, in their order."""
-        general = self.asked.prior_prompts or tuple(self.loaded.defaults.get("prior_prompts", prior.GENERAL_PROMPTS))
-        return prior.prompts_for(self.asked.category, general, self.asked.prior_pictures)
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit: all parameters that change the outcome, as JSON reads them."""
-        told = self.asked.model_dump(mode="json", exclude={"checkpoint_every"})
-        return {**told, "learning_rate": self.rate, "size": self.size_px, "dtype": str(self.loaded.dtype)}
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Full training on a GPU computes in half precision over single precision weights.
-
-        To be entered anew for every forward pass: within one region autocast keeps half copies of weights that have changed since.
-        """
-        if self.asked.method == "full" and self.loaded.dtype != torch.float32:
-            return torch.autocast(self.loaded.device.type, dtype=self.loaded.dtype)
-        return nullcontext()
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
-        tensors: dict[str, torch.Tensor] = {f"weight/{key}": value for key, value in self.trainable.items()}
-        tensors |= checkpoints.optimizer_tensors(self.optimizer)
-        if self.prior is not None:
-            tensors["prior"] = self.prior.latents
-        checkpoints.write(folder, self.step, tensors, self.identity())
-
-    def conditions(self, prompts: list[str]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Text states of prompts, and what else the UNet takes; encoded once each when the text encoders are frozen."""
-        if self.asked.text_encoder:
-            conditioning = sampling.encode_prompts(self.loaded, prompts)
-        else:
-            for prompt in prompts:
-                if prompt not in self._encoded:
-                    self._encoded[prompt] = sampling.encode_prompt(self.loaded, prompt, "", guided=False)
-            conditioning = sampling.stack([self._encoded[prompt] for prompt in prompts])
-        if self.loaded.family == "sd":
-            return conditioning.positive, {}
-        conditions = sampling.sdxl_conditions(self.loaded, conditioning, len(prompts), self.size_px, self.size_px)
-        return conditioning.positive, {"added_cond_kwargs": conditions}
 
 
 class DreamBooth:
@@ -115,12 +50,14 @@ class DreamBooth:
 
     def __init__(self) -> None:
         self._loaded: pipelines.LoadedPipeline | None = None
+        self._base_sha256 = ""
 
     def load(self, model: ModelRef | None, where: str) -> None:
         """Load the base model; raises ModelMissing."""
         if model is None:
             raise ModelMissing("base_model: dreambooth needs a base model; name one")
         self._loaded = pipelines.load(model, where, device.training_dtype(device.resolve(where)))
+        self._base_sha256 = provenance.base_digest(model.base_dir)
 
     def run(self, parameters: BaseModel, context: MethodContext) -> MethodResult:
         """Train and write the adapter; a stop keeps a checkpoint and raises `Cancelled` with it."""
@@ -135,11 +72,11 @@ class DreamBooth:
         parts = {name: part for name, part in loaded.parts.items() if parameters.text_encoder or name == "unet"}
         kept = _keep(parameters, parts)
         try:
-            training = _prepare(parameters, loaded, parts, context)
+            training = _prepare(parameters, loaded, parts, self._base_sha256, context)
             if not _resume(training, context):
                 _make_prior(training, context)
             _train(training, context)
-            return _finish(training, context)
+            return finish(training)
         finally:
             _put_back(parts, kept, loaded.dtype)
 
@@ -165,25 +102,39 @@ def _put_back(parts: Mapping[str, torch.nn.Module], kept: _Kept, dtype: torch.dt
     adapters.detach(parts)
     for name, weights in kept.items():
         parts[name].to(dtype).load_state_dict(weights)
-    for part in parts.values():
-        part.requires_grad_(False)
+    for name, part in parts.items():
+        part.requires_grad_(False).eval()
+        _recompute(name, part, False)
+
+
+def _recompute(name: str, part: Any, wanted: bool) -> None:
+    """Switch gradient checkpointing of a part; text encoders do it in training mode only."""
+    if wanted == any(getattr(module, "gradient_checkpointing", False) for module in part.modules()):
+        return
+    if name == "unet":
+        (part.enable_gradient_checkpointing if wanted else part.disable_gradient_checkpointing)()
+        return
+    # Younger versions of transformers call it activation checkpointing and warn of the old name.
+    word = "activation" if hasattr(part, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        options = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(part, f"{word}_checkpointing_enable")(**options)
+        part.train()
+    else:
+        getattr(part, f"{word}_checkpointing_disable")()
 
 
 def _prepare(
     asked: DreamBoothParameters,
     loaded: pipelines.LoadedPipeline,
     parts: Mapping[str, torch.nn.Module],
+    base_sha256: str,
     context: MethodContext,
-) -> _Training:
+) -> Training:
     from diffusers import DDPMScheduler
 
     size_px = asked.size or min(loaded.native_size)
-    read = [
-        pictures.read_square(_fetch(context, file_id), size_px, f"pictures.{i}")
-        for i, file_id in enumerate(asked.pictures)
-    ]
-    with torch.no_grad():
-        subject = sampling.encode_pixels(loaded, torch.stack(read)).float()
+    subject = _read_subject(asked, loaded, size_px, context)
     trainable: dict[str, torch.nn.Parameter]
     if asked.method == "lora":
         trainable = adapters.attach(parts, asked.rank, asked.seed)
@@ -193,18 +144,41 @@ def _prepare(
         trainable = {
             adapters.weight_key(n, key): value for n, part in parts.items() for key, value in part.named_parameters()
         }
+    for name, part in parts.items():
+        _recompute(name, part, asked.gradient_checkpointing)
     rates = {**USUAL_RATES, **loaded.defaults.get("learning_rate", {})}
     rate = asked.learning_rate if asked.learning_rate is not None else float(rates[asked.method])
-    return _Training(
+    return Training(
         asked=asked,
         loaded=loaded,
         noise=DDPMScheduler.from_config(loaded.pipe.scheduler.config),
         trainable=trainable,
-        optimizer=torch.optim.AdamW(trainable.values(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4),
+        optimizer=optimizers.build(asked.optimizer, trainable.values(), rate),
         rate=rate,
         size_px=size_px,
         subject=subject,
+        base_sha256=base_sha256,
+        output_dir=context.output_dir,
     )
+
+
+@torch.no_grad()
+def _read_subject(
+    asked: DreamBoothParameters, loaded: pipelines.LoadedPipeline, size_px: int, context: MethodContext
+) -> Subject:
+    """Encode the subject's pictures, those of one shape together."""
+    by_shape: dict[tuple[int, int], list[torch.Tensor]] = {}
+    shape_of: list[tuple[int, int]] = []
+    for index, file_id in enumerate(asked.pictures):
+        picture = pictures.read(_fetch(context, file_id), f"pictures.{index}")
+        shape = (size_px, size_px)
+        if asked.aspect == "buckets":
+            shape = buckets.nearest(*picture.size, size_px)
+        by_shape.setdefault(shape, []).append(pictures.fitted(picture, *shape))
+        shape_of.append(shape)
+    groups = [sampling.encode_pixels(loaded, torch.stack(read)).float() for read in by_shape.values()]
+    places = {shape: place for place, shape in enumerate(by_shape)}
+    return Subject(groups, [places[shape] for shape in shape_of])
 
 
 def _fetch(context: MethodContext, file_id: str) -> Path:
@@ -214,28 +188,39 @@ def _fetch(context: MethodContext, file_id: str) -> Path:
         raise InputRefused("pictures", f"file {file_id} is not in the file store; upload it first") from error
 
 
-def _resume(training: _Training, context: MethodContext) -> bool:
-    """Go on from a checkpoint of the same training; False when there is none."""
-    found = checkpoints.read(context.checkpoint) if context.checkpoint is not None else None
-    if found is None:
+def _resume(training: Training, context: MethodContext) -> bool:
+    """Go on from a checkpoint; one that cannot be used costs the work in it, not the task."""
+    if context.checkpoint is None:
         return False
-    if found.facts != training.identity():
-        raise InputRefused("checkpoint", "belongs to a training with other parameters; start the training anew")
-    weights = found.named("weight/")
-    with torch.no_grad():
-        for key, parameter in training.trainable.items():
-            parameter.copy_(weights[key])
-    checkpoints.restore_optimizer(training.optimizer, found.tensors)
-    if "prior" in found.tensors:
-        latents = found.tensors["prior"].to(training.loaded.device)
-        training.prior = prior.Prior(latents, training.prior_prompts())
-    training.step = found.step
-    return True
+    try:
+        return training.restore(context.checkpoint)
+    except InputRefused as refused:
+        print(f"starting from the beginning: {refused}", file=sys.stderr, flush=True)
+        return False
 
 
-def _make_prior(training: _Training, context: MethodContext) -> None:
-    asked = training.asked
+def _make_prior(training: Training, context: MethodContext) -> None:
+    """Let the base model draw the prior, or take what an earlier training on this node let it draw."""
+    asked, loaded = training.asked, training.loaded
     if not asked.prior_preservation:
+        return
+    prompts = training.prior_prompts()
+    guidance = float(loaded.defaults.get("guidance", USUAL_GUIDANCE))
+    key = prior_cache.key_of(
+        {
+            "base": training.base_sha256,
+            "prompts": prompts,
+            "seed": asked.seed,
+            "guidance": guidance,
+            "size": training.size_px,
+            "steps": prior.PICTURE_STEPS,
+            "where": f"{loaded.device.type} {loaded.dtype} {asked.method}",
+            "versions": provenance.versions(),
+        }
+    )
+    found = prior_cache.find(context.cache_dir, key)
+    if found is not None and len(found) == len(prompts):
+        training.prior = prior.Prior(found.to(loaded.device), prompts)
         return
 
     def before_step(done: int) -> None:
@@ -243,99 +228,31 @@ def _make_prior(training: _Training, context: MethodContext) -> None:
         if context.should_stop():
             raise Cancelled
 
-    with training.precision():
+    with validation.evaluating(training), training.precision():
         training.prior = prior.make(
-            training.loaded,
-            training.prior_prompts(),
-            seed=asked.seed,
-            guidance=float(training.loaded.defaults.get("guidance", USUAL_GUIDANCE)),
-            size_px=training.size_px,
-            before_step=before_step,
+            loaded, prompts, seed=asked.seed, guidance=guidance, size_px=training.size_px, before_step=before_step
         )
+    prior_cache.keep(context.cache_dir, key, training.prior.latents)
 
 
-def _train(training: _Training, context: MethodContext) -> None:
-    """Step until done; keeps a checkpoint every so often and when told to stop."""
+def _train(training: Training, context: MethodContext) -> None:
+    """Step until done; offers a checkpoint every so often, and keeps one when told to stop."""
     asked, folder = training.asked, context.output_dir / CHECKPOINT
-    while training.step < asked.steps:
+
+    def stop_if_told() -> None:
         if context.should_stop():
             training.save(folder)
             raise Cancelled(folder)
-        with training.precision():
-            loss = _loss(training)
-        training.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for group in training.optimizer.param_groups:
-            group["lr"] = training.rate * (1.0 - training.step / asked.steps)
-        torch.nn.utils.clip_grad_norm_(training.trainable.values(), 1.0)
-        training.optimizer.step()
-        training.step += 1
-        training.loss = float(loss.detach())
-        if not math.isfinite(training.loss):
+
+    while True:
+        validation.draw_if_due(training, stop_if_told)
+        if training.step >= asked.steps:
+            return
+        stop_if_told()
+        loss = training_step.take(training)
+        if not math.isfinite(loss):
             raise InputRefused("learning_rate", f"the loss is not finite at step {training.step}; lower the rate")
-        context.progress(training.prior_units + training.step, training.units, f"loss {training.loss:.4f}")
+        context.progress(training.prior_units + training.step, training.units, f"loss {loss:.4f}")
         if training.step % asked.checkpoint_every == 0 and training.step < asked.steps:
             training.save(folder)
             context.offer_checkpoint(folder)
-
-
-def _loss(training: _Training) -> torch.Tensor:
-    """The denoising loss of subject rows, plus the weighted one of prior rows."""
-    asked, loaded, known = training.asked, training.loaded, training.prior
-    generator = torch.Generator().manual_seed((asked.seed * 1_000_003 + training.step) % 2**63)
-    rows = torch.randint(len(training.subject), (asked.batch,), generator=generator)
-    openings = torch.randint(len(OPENINGS), (asked.batch,), generator=generator).tolist()
-    prompts = [OPENINGS[opening].format(training.thing) for opening in openings]
-    clean = training.subject[rows.to(training.subject.device)]
-    if known is not None:
-        others = torch.randint(len(known.latents), (asked.batch,), generator=generator)
-        prompts += [known.prompts[row] for row in others.tolist()]
-        clean = torch.cat([clean, known.latents[others.to(known.latents.device)]])
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    steps = training.noise.config.num_train_timesteps
-    times = torch.randint(steps, (len(clean),), generator=generator).to(clean.device)
-    states, extra = training.conditions(prompts)
-    noisy = training.noise.add_noise(clean, noise, times).to(loaded.dtype)
-    guess = loaded.pipe.unet(noisy, times, encoder_hidden_states=states, **extra).sample.float()
-    match training.noise.config.prediction_type:
-        case "epsilon":
-            target = noise
-        case "v_prediction":
-            target = training.noise.get_velocity(clean, noise, times)
-        case _:
-            target = clean
-    each = (guess - target).square().mean(dim=(1, 2, 3))
-    loss: torch.Tensor = each[: asked.batch].mean()
-    if known is not None:
-        loss = loss + asked.prior_weight * each[asked.batch :].mean()
-    return loss
-
-
-def _finish(training: _Training, context: MethodContext) -> MethodResult:
-    asked, loaded = training.asked, training.loaded
-    facts = {
-        "kind": asked.method,
-        "base_model": asked.base_model,
-        "instance_token": asked.instance_token,
-        "category": asked.category,
-        "prompt": f"a photo of {training.thing}",
-        "trained": sorted({key.split(".")[0] for key in training.trainable}),
-        "rank": asked.rank if asked.method == "lora" else None,
-        "steps": asked.steps,
-        "batch": asked.batch,
-        "learning_rate": training.rate,
-        "prior_pictures": len(training.prior.latents) if training.prior is not None else 0,
-        "prior_weight": asked.prior_weight if training.prior is not None else 0.0,
-        "size": training.size_px,
-        "seed": asked.seed,
-    }
-    # A low-rank adapter is small enough for full precision; full weights are kept as a base model's are.
-    kept = torch.float32 if asked.method == "lora" else torch.float16
-    weights = {key: value.detach().to(kept) for key, value in training.trainable.items()}
-    files = adapters.write(context.output_dir, weights, facts)
-    types = ("application/octet-stream", "application/json")
-    return MethodResult(
-        files=tuple(ResultFile(path, media, "adapter") for path, media in zip(files, types, strict=True)),
-        metadata={**facts, "loss": training.loss if math.isfinite(training.loss) else None},
-        peak_gpu_memory_bytes=device.peak_bytes(loaded.device),
-    )

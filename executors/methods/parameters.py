@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 MAX_PROMPT_CHARS = 2000
 MAX_SIDE_PX = 2048
 MAX_PIXELS_PER_JOB = 16 * 1024 * 1024
+MAX_VALIDATIONS = 50
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""
 
@@ -119,6 +120,14 @@ class DreamBoothParameters(_Parameters):
     """Peak of the linear decay; absent: fits the method and the base model."""
     batch: int = Field(4, ge=1, le=16)
     """Subject pictures a step, and as many prior pictures."""
+    accumulate: int = Field(1, ge=1, le=64)
+    """Batches whose gradients make one step: larger steps in the memory of a small one."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time, the same model."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its moments in 8 bits; it needs bitsandbytes on the node."""
+    snr_gamma: float | None = Field(None, gt=0.0, le=100.0)
+    """Min-SNR weighting: no timestep weighs more than this signal-to-noise ratio lets it, 5 is usual; absent: all alike."""
     prior_preservation: bool = True
     """Train on the base model's own pictures too, so that it forgets nothing."""
     prior_weight: float = Field(1.0, ge=0.0, le=10.0)
@@ -133,8 +142,31 @@ class DreamBoothParameters(_Parameters):
     """Steps between two checkpoints."""
     size: int | None = Field(None, ge=64, le=1024, multiple_of=8)
     """Side in pixels that pictures are cut to; absent: the model's native size."""
+    aspect: Literal["crop", "buckets"] = "crop"
+    """Cut pictures to squares, or train each in the shape nearest to its own, of no more pixels than the square."""
+    validation_prompts: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field((), max_length=4)
+    """Prompts to draw on the way and at the end; the pictures are part of the result."""
+    validation_every: int = Field(100, ge=1)
+    """Steps between two validations."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Equal seeds give equal trainings on one machine."""
+
+    @field_validator("validation_prompts")
+    @classmethod
+    def _say_something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(prompt.strip() for prompt in value):
+            raise ValueError("must all say something, not only spaces")
+        return value
+
+    @model_validator(mode="after")
+    def _validates_not_too_often(self) -> DreamBoothParameters:
+        rounds = -(-self.steps // self.validation_every)
+        if self.validation_prompts and rounds > MAX_VALIDATIONS:
+            raise ValueError(
+                f"validation_every: {rounds} validations, more than {MAX_VALIDATIONS}; raise it to "
+                f"{-(-self.steps // MAX_VALIDATIONS)} or more"
+            )
+        return self
 
     @field_validator("pictures")
     @classmethod

@@ -35,8 +35,8 @@ def _readable(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_square(path: Path, side_px: int, field_name: str) -> torch.Tensor:
-    """Read a picture, cut its middle to a square and scale it: float32 [3, side, side] in [-1, 1].
+def read(path: Path, field_name: str) -> Image.Image:
+    """Read a picture, turned as its camera meant it, as RGB.
 
     Raises InputRefused when the file is no picture or larger than fifty million pixels.
     """
@@ -46,9 +46,18 @@ def read_square(path: Path, side_px: int, field_name: str) -> torch.Tensor:
                 raise InputRefused(
                     field_name, f"is {opened.width}x{opened.height}, more than {MAX_INPUT_PIXELS} pixels; shrink it"
                 )
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputRefused(field_name, f"is no picture that can be read ({error}); send PNG, JPEG or WebP") from error
-    square = ImageOps.fit(picture, (side_px, side_px), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(square, dtype=np.float32).copy())
+
+
+def fitted(picture: Image.Image, width: int, height: int) -> torch.Tensor:
+    """Cut the middle of a picture to a shape and scale it: float32 [3, height, width] in [-1, 1]."""
+    cut = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(cut, dtype=np.float32).copy())
     return pixels.permute(2, 0, 1) / 127.5 - 1.0
+
+
+def read_square(path: Path, side_px: int, field_name: str) -> torch.Tensor:
+    """Read a picture as a square: float32 [3, side, side] in [-1, 1]; raises InputRefused."""
+    return fitted(read(path, field_name), side_px, side_px)

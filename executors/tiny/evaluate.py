@@ -41,12 +41,16 @@ class LocalRun:
     say: Callable[[str], None]
     device: str = "cpu"
     checkpoint: Path | None = None
+    cache_dir: Path | None = None
     _said: int = field(default=0)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         if done * 10 // total > self._said:
             self._said = done * 10 // total
             self.say(f"  {done}/{total} {note}")
+
+    def offer_checkpoint(self, checkpoint: Path) -> None:
+        pass
 
     def should_stop(self) -> bool:
         return False

@@ -40,6 +40,7 @@ class FakeContext:
     stop_at: int | None = None
     checkpoint: Path | None = None
     device: str = "cpu"
+    cache_dir: Path | None = None
     seen: list[tuple[int, int, str]] = field(default_factory=list)
     offered: list[Path] = field(default_factory=list)
 
