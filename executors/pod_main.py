@@ -1,6 +1,8 @@
 """Inside a Pod: one process that loads one AI method and runs attempts, one after the other, until it is told to end.
 
 The method runs in the main thread; a second thread only listens for orders, so that a stop arrives while a step is being computed.
+Where a Pod has several slots and its method can share the device, a thread for each slot runs attempts, and the main thread does
+the device's work for all of them.
 Everything the agent needs to know leaves as a message; everything a person may want to read goes to the log.
 """
 
@@ -18,11 +20,14 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.tasks import NOT_RETRYABLE, FailureCause
 from executors.limits import limit_this_process
 from executors.pod_wire import Frames, encode
+
+if TYPE_CHECKING:
+    from executors.pod_attempts import Attempts
 
 LOG_TAIL_BYTES = 4096
 PROGRESS_PERIOD_S = 0.1
@@ -51,6 +56,7 @@ class PodSpec:
     data_bytes: int
     gpu_memory_cap_bytes: int
     threads: int
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +106,22 @@ class Link:
         return self._received.popleft()
 
 
+@dataclass(slots=True)
+class _Running:
+    """What was ordered about an attempt that runs."""
+
+    stop: bool = False
+    keep_checkpoint: bool = False
+
+
 class Orders:
-    """The orders a Pod has, as the listening thread leaves them and the main thread takes them."""
+    """The orders a Pod has, as the listening thread leaves them and the threads that run attempts take them."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._changed = threading.Condition()
         self._waiting: deque[Order] = deque()
-        self._running: Key | None = None
-        self._stop = False
-        self._keep_checkpoint = False
+        self._running: dict[Key, _Running] = {}
         self._ending = False
 
     def listen(self) -> None:
@@ -121,23 +133,35 @@ class Orders:
             os.killpg(0, signal.SIGKILL)
 
     def next(self) -> Order | None:
-        """Wait for an attempt to run; None when the Pod is to end."""
+        """Wait for an attempt to run; None when the Pod is to end. Whoever takes one says when it is `over`."""
         with self._changed:
-            self._running, self._stop, self._keep_checkpoint = None, self._ending, False
             self._changed.wait_for(lambda: self._waiting or self._ending)
             if self._ending:
                 return None
             order = self._waiting.popleft()
-            self._running = order.key
+            self._running[order.key] = _Running()
             return order
 
-    def should_stop(self) -> bool:
-        """Tell whether the running attempt is to stop."""
-        return self._stop
+    def over(self, key: Key) -> None:
+        """Forget a running attempt: its end has been reported."""
+        with self._changed:
+            self._running.pop(key, None)
 
-    def keeps_checkpoint(self) -> bool:
-        """Tell whether a checkpoint of the stopped attempt is wanted."""
-        return self._keep_checkpoint
+    def end(self) -> None:
+        """Run nothing more, and stop what runs."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+
+    def should_stop(self, key: Key) -> bool:
+        """Tell whether a running attempt is to stop."""
+        running = self._running.get(key)
+        return self._ending or (running is not None and running.stop)
+
+    def keeps_checkpoint(self, key: Key) -> bool:
+        """Tell whether a checkpoint of a stopped attempt is wanted."""
+        running = self._running.get(key)
+        return running is not None and running.keep_checkpoint
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         with self._changed:
@@ -148,16 +172,17 @@ class Orders:
                 case "stop":
                     self._stop_attempts(message["req_no"], message["attempt"], message["keep_checkpoint"])
                 case "end":
-                    self._ending = self._stop = True
-            self._changed.notify()
+                    self._ending = True
+            self._changed.notify_all()
 
     def _stop_attempts(self, req_no: str, attempt: int, keep_checkpoint: bool) -> None:
         for order in [order for order in self._waiting if order.key[:2] == (req_no, attempt)]:
             self._waiting.remove(order)
             self._link.send("stopped", key=order.key, checkpoint=order.checkpoint)
-        if self._running is not None and self._running[:2] == (req_no, attempt):
-            self._keep_checkpoint = keep_checkpoint
-            self._stop = True
+        for key, running in self._running.items():
+            if key[:2] == (req_no, attempt):
+                running.keep_checkpoint = keep_checkpoint
+                running.stop = True
 
 
 def run_pod(end: socket.socket) -> int:
@@ -182,17 +207,52 @@ def run_pod(end: socket.socket) -> int:
             traceback.print_exc()  # What the caller can mend needs no traceback.
         link.send("down", cause=cause, detail=f"{type(error).__name__}: {error}"[:1024])
         return 1
+    shared = attempts.share(spec.slots)
     link.send("up", load_us=round((time.monotonic() - began) * 1e6))
-    while (order := orders.next()) is not None:
-        if not attempts.run(order):
-            link.send(
-                "down",
-                cause=FailureCause.GPU_LOST,
-                detail="CUDA works no more in this process; see its attempt's failure",
-            )
-            return 1
+    if not (_run_together(attempts, orders, spec.slots) if shared else _run_one_by_one(attempts, orders)):
+        link.send(
+            "down",
+            cause=FailureCause.GPU_LOST,
+            detail="CUDA works no more in this process; see its attempt's failure",
+        )
+        return 1
     attempts.close()
     return 0
+
+
+def _run_one_by_one(attempts: Attempts, orders: Orders) -> bool:
+    """Run attempts until the Pod is to end; False when the process is of no use any more."""
+    while (order := orders.next()) is not None:
+        sound = attempts.run(order)
+        orders.over(order.key)
+        if not sound:
+            return False
+    return True
+
+
+def _run_together(attempts: Attempts, orders: Orders, slots: int) -> bool:
+    """Run up to `slots` attempts at once, a thread each, and do the device's work for them in this thread."""
+    sound = [True] * slots
+    at_work = threading.Semaphore(0)
+
+    def run(slot: int) -> None:
+        try:
+            sound[slot] = _run_one_by_one(attempts, orders)
+        finally:
+            # The end of one is the end of all: it is ordered, or the process is of no use any more.
+            orders.end()
+            at_work.release()
+
+    def leave() -> None:
+        for _ in range(slots):
+            at_work.acquire()
+        attempts.leave()
+
+    for slot in range(slots):
+        threading.Thread(target=run, args=(slot,), name=f"slot-{slot}", daemon=True).start()
+    threading.Thread(target=leave, name="leave", daemon=True).start()
+    attempts.serve()
+    return all(sound)
 
 
 def log_tail(path: Path, limit_bytes: int = LOG_TAIL_BYTES) -> str:

@@ -4,7 +4,7 @@ Nothing here blocks: Pods are born by a nursery process, resolve their own model
 a socket.
 `take` turns what came into reports, and keeps the promises that need a clock - graces, and the limit on loading.
 A Pod is reported down only when nothing of its process group lives and its channel has been read to the end, so no report is lost.
-Slots beyond the first are a queue inside the Pod: its attempts run one after the other.
+The attempts in a Pod's slots run at once where its method can share the device; otherwise they are a queue inside the Pod.
 """
 
 from __future__ import annotations
@@ -307,6 +307,7 @@ class LocalPodHost:
             data_bytes=pod.box.data_bytes,
             gpu_memory_cap_bytes=order.gpu_memory_cap_bytes,
             threads=1 if device == "cpu" else max(1, order.cpu_milli // 1000),
+            slots=order.slots,
         )
 
     def _listen(self, pod: _Pod) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class KeptPicture:
     """``latents``, ``generator`` and the scheduler's own, on the CPU; empty when the picture had not begun."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """The scheduler's numbers and words; can be written as JSON."""
+
+    def renamed(self, id: str) -> KeptPicture:
+        """Return the same picture under another id."""
+        return replace(self, request=replace(self.request, id=id))
 
 
 # --- events ---------------------------------------------------------------------------------------------------------

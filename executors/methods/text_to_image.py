@@ -1,6 +1,7 @@
 """Pictures from a text, with any diffusers pipeline that lies in a local directory.
 
 Stable Diffusion and SDXL run in our own step loop; every other pipeline runs its own call, watched step by step.
+In a Pod of several slots the runs share one running batch (`executors.batching`), in which every picture is at its own step.
 Picture k of a job is made from seed + k, whatever the batch, so that it can be made again alone.
 """
 
@@ -8,14 +9,21 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from pydantic import BaseModel
 
+from executors.batching import kept_files
+from executors.batching.batch import RunningBatch
+from executors.batching.requests import KeptPicture, PictureRequest
+from executors.batching.shared import SharedBatch, Stopped
 from executors.methods import device, pictures, pipelines, sampling
 from executors.methods.base import (
     Cancelled,
@@ -44,11 +52,12 @@ class _Job:
 
 
 class TextToImage:
-    """Holds one model and makes pictures with it."""
+    """Holds one model and makes pictures with it; a `SharedMethod`."""
 
     def __init__(self) -> None:
         self._loaded: pipelines.LoadedPipeline | None = None
         self._batch = MAX_BATCH
+        self._shared: SharedBatch | None = None
 
     def load(self, model: ModelRef | None, device: str) -> None:
         """Load the pipeline and its adapter; raises ModelMissing."""
@@ -60,6 +69,8 @@ class TextToImage:
         """Make the pictures and write them as PNG; nothing is written when stopped."""
         assert isinstance(parameters, TextToImageParameters)
         loaded = self._require()
+        if self._shared is not None:
+            return self._run_shared(parameters, loaded, self._shared, context)
         job = self._complete(parameters, loaded)
         device.start_peak(loaded.device)
         loaded.set_adapter_scale(parameters.adapter_scale)
@@ -74,6 +85,52 @@ class TextToImage:
         if self._loaded is not None:
             self._loaded.release()
             self._loaded = None
+
+    def share(self, slots: int) -> bool:
+        """Let up to `slots` threads call `run` at once; False for models whose pipelines have no step loop here."""
+        loaded = self._require()
+        if loaded.family == "other":
+            return False
+        device.start_peak(loaded.device)
+        self._shared = SharedBatch(RunningBatch(loaded, capacity=max(MAX_BATCH, slots)))
+        return True
+
+    def serve(self) -> None:
+        """Take the steps of all runs, in the thread that calls, until `leave`."""
+        assert self._shared is not None
+        self._shared.serve()
+
+    def leave(self) -> None:
+        """Let `serve` return."""
+        if self._shared is not None:
+            self._shared.close()
+
+    def _run_shared(
+        self,
+        asked: TextToImageParameters,
+        loaded: pipelines.LoadedPipeline,
+        shared: SharedBatch,
+        context: MethodContext,
+    ) -> MethodResult:
+        """Bring the pictures into the batch and wait for them; a stop leaves what the next attempt goes on from."""
+        job = self._complete(asked, loaded)
+        todo: Mapping[int, PictureRequest | KeptPicture] = _requests(job)
+        before: Mapping[int, Any] = {}
+        if context.checkpoint is not None:
+            try:
+                job = replace(job, seed=kept_files.read_seed(context.checkpoint))
+                kept = kept_files.read(context.checkpoint, _requests(job))
+                todo, before = kept.kept, kept.made
+            except ValueError as error:
+                print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
+        try:
+            made = shared.make(todo, before, context.progress, context.should_stop)
+        except Stopped as stopped:
+            raise Cancelled(_kept(job.seed, stopped, context.output_dir)) from None
+        if context.should_stop():
+            raise Cancelled
+        files, facts = _save([made[place] for place in sorted(made)], job, loaded, context)
+        return MethodResult(files, facts, device.peak_bytes(loaded.device))
 
     def _require(self) -> pipelines.LoadedPipeline:
         if self._loaded is None:
@@ -142,6 +199,34 @@ class TextToImage:
             before_step=before_step,
         )
         return sampling.decode(loaded, latents)
+
+
+def _requests(job: _Job) -> dict[int, PictureRequest]:
+    """The pictures of a job by place."""
+    asked = job.asked
+    return {
+        place: PictureRequest(
+            id=str(place),
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            seed=job.seed + place,
+            steps=asked.steps,
+            guidance=job.guidance,
+            width=job.width,
+            height=job.height,
+            scheduler=asked.scheduler,
+            adapter_scale=asked.adapter_scale,
+            place=place,
+        )
+        for place in range(asked.count)
+    }
+
+
+def _kept(seed: int, stopped: Stopped, output_dir: Path) -> Path:
+    folder = output_dir / "kept"
+    folder.mkdir()
+    kept_files.write(folder, kept_files.KeptJob(seed, stopped.kept, stopped.made))
+    return folder
 
 
 @torch.no_grad()
