@@ -19,7 +19,7 @@ from executors.methods import registry
 from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing
 from executors.methods.parameters import PARAMETERS, ParameterError, validate
 from executors.methods.together import SharedMethod
-from executors.pod_checkpoints import CheckpointShelf
+from executors.pod_checkpoints import STORE_ERRORS, CheckpointShelf
 from executors.pod_main import PROGRESS_PERIOD_S, Link, Order, Orders, PodSpec, cleared, log_tail
 from executors.pod_models import ModelCache
 
@@ -92,7 +92,7 @@ class Attempt:
         """Put a checkpoint into the file store and tell of it at once; a store that fails costs the checkpoint, not the run."""
         try:
             self._announced = self._shelf.put(checkpoint)
-        except (OSError, ValueError) as error:
+        except STORE_ERRORS as error:
             print(f"a checkpoint could not be stored, the run goes on: {error}", file=sys.stderr, flush=True)
             return
         self._unsent = self._last

@@ -13,11 +13,15 @@ import sys
 import tarfile
 from pathlib import Path
 
+from obstore.exceptions import BaseError
+
 from executors.dfs import ObjectFileStore
 
 CHECKPOINT_MEDIA_TYPE = "application/x-tar"
 KEPT = 2
 """Checkpoints of a request that stay: the announcement of the last one may be lost with the node, then the one before it counts."""
+STORE_ERRORS = (OSError, ValueError, BaseError)
+"""What a file store raises that is full, away or in disorder."""
 _LINEAGE = ".lineage.json"
 
 
@@ -31,26 +35,34 @@ class CheckpointShelf:
         self._kept: list[str] = []
 
     def put(self, folder: Path) -> str:
-        """Put a checkpoint directory into the file store as one archive; returns its file id. Older ones than KEPT are removed."""
+        """Put a checkpoint directory into the file store as one archive; returns its file id. Older ones than KEPT are removed.
+
+        Raises STORE_ERRORS.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         archive = self._directory / "checkpoint.tar"
         before = self._kept[-1] if self._kept else ""
-        with tarfile.open(archive, "w") as tar:
-            lineage = json.dumps({"req_no": self._req_no, "before": before}).encode()
-            member = tarfile.TarInfo(_LINEAGE)
-            member.size = len(lineage)
-            tar.addfile(member, io.BytesIO(lineage))
-            for path in sorted(folder.rglob("*")):
-                tar.add(path, path.relative_to(folder).as_posix(), recursive=False, filter=_without_origin)
-        file_id = self._store.put_path(archive, CHECKPOINT_MEDIA_TYPE).file_id
-        archive.unlink()
+        try:
+            with tarfile.open(archive, "w") as tar:
+                lineage = json.dumps({"req_no": self._req_no, "before": before}).encode()
+                member = tarfile.TarInfo(_LINEAGE)
+                member.size = len(lineage)
+                tar.addfile(member, io.BytesIO(lineage))
+                for path in sorted(folder.rglob("*")):
+                    tar.add(path, path.relative_to(folder).as_posix(), recursive=False, filter=_without_origin)
+            file_id = self._store.put_path(archive, CHECKPOINT_MEDIA_TYPE).file_id
+        finally:
+            archive.unlink(missing_ok=True)
         if file_id not in self._kept:
             self._kept.append(file_id)
         self._remove(self._kept[:-KEPT])
         return file_id
 
     def restore(self, file_id: str, target: Path) -> Path | None:
-        """Unpack the checkpoint to go on from; one that is lost or broken costs the work in it, not the task."""
+        """Unpack the checkpoint to go on from; one that is lost or broken costs the work in it, not the task.
+
+        A store that cannot be reached is another matter: its error ends the attempt, and the next one finds the checkpoint.
+        """
         if not file_id:
             return None
         shutil.rmtree(target, ignore_errors=True)
@@ -79,7 +91,7 @@ class CheckpointShelf:
             self._kept.remove(file_id)
             try:
                 self._store.delete(file_id)
-            except (OSError, ValueError) as error:
+            except STORE_ERRORS as error:
                 print(f"checkpoint {file_id[:80]} cannot be removed: {error}", file=sys.stderr, flush=True)
 
 
