@@ -54,6 +54,10 @@ class Backlog:
         self.idle: dict[int, Pod] = {}
         self.overdue: dict[int, Pod] = {}
         """Pods that are idle for too long, by their number."""
+        self.preempt_at: Micros = -1
+        """Stopping tasks for urgent ones is not thought about sooner: the last time nobody could be stopped."""
+        self.preempt_armed_for: Micros = -1
+        """For which of these moments there will be a step."""
         self.look_back_at: Micros = -1
         """When tasks that stand back for the Pods of their models are looked at again."""
         self.no_room_at = (-1, -1, -1, -1)
@@ -113,7 +117,8 @@ class Backlog:
         self._oldest_version = -1
         self.by_model.clear()
         self.may_be_aged = False
-        self.look_back_at, self.no_room_at = -1, (-1, -1, -1, -1)
+        self.preempt_at = self.preempt_armed_for = self.look_back_at = -1
+        self.no_room_at = (-1, -1, -1, -1)
         self.ages.clear()
         self.timers = Timers(state.limits.look_us)
         self._cards = sorted(state.cluster.cards)

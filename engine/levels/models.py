@@ -40,7 +40,7 @@ def next_for_room(turn: Turn, line: RoomLine) -> Head | None:
         head, waiting = _head_of(kind, line)
         if head is None:
             continue
-        pods = _pods_of(turn, kind, head[1])
+        pods = _pods_of(turn, head[1])
         if pods and not _earns(turn, head[1], waiting // pods, load_us, worth_us):
             continue
         if head[1].urgent or head[1].pending_since + turn.profile.gather_us <= turn.now:
@@ -55,8 +55,8 @@ def may_leave(turn: Turn, pod: Pod, task: Task, other: Task, same_band: bool) ->
     """Tell whether an idle Pod that would serve `task` may go for the sake of `other`, who ranks before it."""
     profile = turn.profile
     if profile.gather_us and not other.urgent:
-        there = _pods_of(turn, other.shape.kind, other)
-        here = max(1, _pods_of(turn, task.shape.kind, task))
+        there = _pods_of(turn, other)
+        here = max(1, _pods_of(turn, task))
         if there and _waiting(other.shape.kind) * here < _waiting(task.shape.kind) * (there + 1):
             return False
     if same_band:
@@ -109,11 +109,9 @@ def _next_load_us(turn: Turn) -> Micros:
     return turn.profile.reload_us
 
 
-def _pods_of(turn: Turn, kind: Kind, task: Task) -> int:
-    """Return how many Pods serve such a task now or soon."""
-    pods = turn.backlog.by_model.get((task.spec.method, task.spec.model), {})
-    need = task.shape.need
-    return sum([pod.warm.kind is kind and pod.warm.cap >= need and pod.usable for pod in pods.values()])
+def _pods_of(turn: Turn, task: Task) -> int:
+    """Return how many Pods of a task's model there are. Not all may be of use to it: so nobody stands back for ever."""
+    return len(turn.backlog.by_model.get((task.spec.method, task.spec.model), ()))
 
 
 def _waiting(kind: Kind) -> int:

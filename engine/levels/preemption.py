@@ -30,6 +30,9 @@ def preempt(turn: Turn) -> None:
         preempt_by_rank(turn, waiting)
     if not turn.profile.preempt or not turn.backlog.urgent:
         return
+    if turn.now < turn.backlog.preempt_at:
+        _later(turn)
+        return
     victims: list[tuple[int, int, Task]] | None = None
     young_at: Micros = NEVER
     left = turn.limits.preemptions_per_step
@@ -51,12 +54,25 @@ def preempt(turn: Turn) -> None:
                 victims, young_at = _victims(turn)
             stopped = _preempt_for(turn, head[1], line, victims)
             if not stopped:
-                look_again(turn, head[1], young_at)
+                turn.backlog.preempt_at = turn.now + turn.limits.look_us
+                look_again(turn, head[1], max(young_at, turn.backlog.preempt_at))
                 break
             left -= stopped
             victims = [v for v in victims if v[2].state in (TaskState.RUNNING, TaskState.STARTING)]
             if head[1].line_ticket:
                 break
+
+
+def _later(turn: Turn) -> None:
+    """See to it that there is a step when preemption may be thought about again."""
+    backlog = turn.backlog
+    if backlog.preempt_armed_for != backlog.preempt_at:
+        for line in backlog.room_lines.values():
+            head = line.head() if line.live and not line.active else None
+            if head is not None and head[1].urgent:
+                backlog.preempt_armed_for = backlog.preempt_at
+                backlog.task_due(head[1], backlog.preempt_at)
+                return
 
 
 def _may_preempt(turn: Turn, task: Task) -> bool:
