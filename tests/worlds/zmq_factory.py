@@ -178,13 +178,19 @@ class ZmqRig:
 
 
 def make_zmq_rig(
-    nodes: int = 1, gpus: int = 1, profile: str = "fifo", *, kind: str = "pods", journal: Journal = no_journal
+    nodes: int = 1,
+    gpus: int = 1,
+    profile: str = "fifo",
+    *,
+    kind: str = "pods",
+    journal: Journal = no_journal,
+    payloads: FeaturePayloads | None = None,
 ) -> ZmqRig:
     """Build an engine, a world and its agents; returns when every node has joined."""
     home = tempfile.TemporaryDirectory(prefix="world-")
     root = Path(home.name)
     scheduler_keys = curve.load_or_generate(root / "scheduler.key")
-    payloads = FeaturePayloads()
+    payloads = payloads or FeaturePayloads()
     world = ZmqWorld(
         "tcp://127.0.0.1:*",
         scheduler_keys,
