@@ -231,7 +231,8 @@ class _Layer:
             return output + self._convolved(module, x, down, up)
         rows = x.reshape(requests, -1, x.shape[-1])
         base = output.reshape(requests, -1, output.shape[-1])
-        return torch.baddbmm(base, torch.bmm(rows, down), up).view(output.shape)
+        # In place: what the base layer gave is nobody else's yet, and a copy costs as much as the product.
+        return base.baddbmm_(torch.bmm(rows, down), up).view(output.shape)
 
     @staticmethod
     def _convolved(module: torch.nn.Conv2d, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
