@@ -118,8 +118,7 @@ class TextToImage:
         before: Mapping[int, Any] = {}
         if context.checkpoint is not None:
             try:
-                job = replace(job, seed=kept_files.read_seed(context.checkpoint))
-                kept = kept_files.read(context.checkpoint, _requests(job))
+                job, kept = _resumed(job, context.checkpoint)
                 todo, before = kept.kept, kept.made
             except ValueError as error:
                 print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
@@ -220,6 +219,15 @@ def _requests(job: _Job) -> dict[int, PictureRequest]:
         )
         for place in range(asked.count)
     }
+
+
+def _resumed(job: _Job, folder: Path) -> tuple[_Job, kept_files.KeptJob]:
+    """What an earlier attempt of the job kept, with the seed that it may have drawn; raises ValueError when it is another's."""
+    seed = kept_files.read_seed(folder)
+    if job.asked.seed not in (None, seed):
+        raise ValueError(f"kept job in {folder.name} has seed {seed} instead of {job.asked.seed}")
+    job = replace(job, seed=seed)
+    return job, kept_files.read(folder, _requests(job))
 
 
 def _kept(seed: int, stopped: Stopped, output_dir: Path) -> Path:

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_request_costs_the_work_and_not_the_task(bench: 
     bench.start("second", steps=3, seed=2, checkpoint=checkpoint)
     bench.start("second-plain", steps=3, seed=2)
     made, plain = (bench.expect(AttemptFinished, name) for name in ("second", "second-plain"))
-    assert len(made.result["files"]) == 1
+    assert made.result["metadata"]["seeds"] == [2]
     assert np.abs(bench.pictures(made)[0] - bench.pictures(plain)[0]).max() <= 1.0
     bench.down()
 
