@@ -6,7 +6,6 @@ which nothing is free sleep, and cost nothing however long they are; what become
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
@@ -64,8 +63,10 @@ class Backlog:
         """What was idle, free and waiting when idle Pods could make room for nobody."""
         self.idle_version = 0
         """Grows when a Pod becomes idle."""
-        self._oldest: list[Pod] = []
-        self._oldest_version = -1
+        self.idle_tokens: dict[int, int] = {}
+        """Idle Pods by number: the version with which they became idle."""
+        self._idle_heap: list[tuple[int, Micros, int, int, Pod]] = []
+        """`idle_order` with the token, lazily."""
         self.urgent = 0
         """Urgent tasks in lines."""
         self.may_be_aged = False
@@ -114,11 +115,11 @@ class Backlog:
         self.parked.clear()
         self.idle.clear()
         self.overdue.clear()
-        self._oldest_version = -1
+        self.idle_tokens.clear()
+        self._idle_heap.clear()
         self.by_model.clear()
         self.may_be_aged = False
-        self.preempt_at = self.preempt_armed_for = self.look_back_at = -1
-        self.no_room_at = (-1, -1, -1, -1)
+        self.look_anew()
         self.ages.clear()
         self.timers = Timers(state.limits.look_us)
         self._cards = sorted(state.cluster.cards)
@@ -255,7 +256,7 @@ class Backlog:
                 del here[number]
                 if not here:
                     del warm.by_node[row]
-            self.idle.pop(number, None)
+            self._not_idle(number)
             if pod.state is PodState.GONE:
                 self._forget(pod)
             return
@@ -265,6 +266,8 @@ class Backlog:
             else:
                 warm.by_node[row] = {number: pod}
         pod.offered = busy
+        if self.profile.warm_first_loads and pod.demand.gpu_share < WHOLE_GPU and not busy:
+            self._neighbours_load(pod)
         exclusive = pod.node.exclusive is not None
         creating = pod.state is PodState.CREATING
         if not exclusive:
@@ -273,10 +276,9 @@ class Backlog:
             if len(heap) > 64 + 8 * len(warm.by_node):
                 self._compact(warm)
         if busy or creating:
-            self.idle.pop(number, None)
+            self._not_idle(number)
         elif number not in self.idle:
-            self.idle[number] = pod
-            self.idle_version += 1
+            self._now_idle(pod)
         for (need, line_row), line in warm.kind.lines.items():
             if (
                 line.live
@@ -423,15 +425,53 @@ class Backlog:
         affinity = task.spec.affinity
         return affinity is not Affinity.NONE and (self.profile.group_affinity or affinity is not Affinity.PREFERRED)
 
-    def idle_pods(self) -> Iterator[Pod]:
-        """Yield the idle Pods, those first that go first."""
-        if self._oldest_version != self.idle_version:
-            self._oldest = sorted(self.idle.values(), key=self.idle_order)
-            self._oldest_version = self.idle_version
-        idle = self.idle
-        for pod in self._oldest:
-            if pod.number in idle:
-                yield pod
+    def idle_pods(self, most: int) -> list[Pod]:
+        """Return the idle Pods that go first when some must go, at most so many."""
+        heap, idle = self._idle_heap, self.idle_tokens
+        first: list[tuple[int, Micros, int, int, Pod]] = []
+        while heap and len(first) < most:
+            entry = heappop(heap)
+            if idle.get(entry[2]) == entry[3]:
+                first.append(entry)
+        for entry in first:
+            heappush(heap, entry)
+        return [entry[4] for entry in first]
+
+    def first_idle(self) -> Pod | None:
+        """Return the idle Pod that goes first when some must go."""
+        heap, idle = self._idle_heap, self.idle_tokens
+        while heap:
+            if idle.get(heap[0][2]) == heap[0][3]:
+                return heap[0][4]
+            heappop(heap)
+        return None
+
+    def look_anew(self) -> None:
+        """Put nothing off any longer: as an engine would that begins from a snapshot."""
+        self.preempt_at = self.preempt_armed_for = self.look_back_at = self.young_at = -1
+        self.no_room_at = (-1, -1, -1, -1)
+
+    def _now_idle(self, pod: Pod) -> None:
+        self.idle[pod.number] = pod
+        self.idle_version += 1
+        self.idle_tokens[pod.number] = self.idle_version
+        heap = self._idle_heap
+        quick, since, number = self.idle_order(pod)
+        heappush(heap, (quick, since, number, self.idle_version, pod))
+        if len(heap) > 64 + 4 * len(self.idle):
+            tokens = self.idle_tokens
+            self._idle_heap = [entry for entry in heap if tokens.get(entry[2]) == entry[3]]
+            heapify(self._idle_heap)
+
+    def _neighbours_load(self, pod: Pod) -> None:
+        """Take in that what loads take on shared devices may have changed for the idle Pods beside one that started."""
+        for number, other in pod.node.pods.items():
+            if number in self.idle and other is not pod:
+                self._now_idle(other)
+
+    def _not_idle(self, number: int) -> None:
+        if self.idle.pop(number, None) is not None:
+            del self.idle_tokens[number]
 
     def load_us(self, pod: Pod) -> Micros:
         """Return what loading another model where a Pod is would take, by what its devices took lately."""

@@ -149,7 +149,10 @@ class TaskStarted:
 
 @dataclass(frozen=True, slots=True)
 class TaskProgressed:
-    """`done` of `total` steps are behind the attempt; `checkpoint` names the last one that it saved while it ran on."""
+    """`done` of `total` steps are behind the attempt; `checkpoint` names the last one that it saved while it ran on.
+
+    `note` is the method's own word about the last step (a training's loss), for people; nothing is decided by it.
+    """
 
     req_no: str
     attempt: int
@@ -157,6 +160,7 @@ class TaskProgressed:
     total: int
     rank: int = 0
     checkpoint: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

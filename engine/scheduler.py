@@ -78,6 +78,7 @@ class Engine:
 
     def snapshot(self) -> bytes:
         """Return the state as bytes, for `replay.recover`."""
+        self._backlog.look_anew()
         return snapshot.take(self.state)
 
     def why(self, req_no: str) -> tuple[Blocker, ...]:

@@ -103,10 +103,9 @@ def _earns(turn: Turn, task: Task, waiting_per_pod: int, load_us: Micros, worth_
 
 
 def _next_load_us(turn: Turn) -> Micros:
-    """Return what the next load will take, if it is where the first of the idle Pods is."""
-    for pod in turn.backlog.idle_pods():
-        return turn.backlog.load_us(pod)
-    return turn.profile.reload_us
+    """Return what the next load will take, if it is where the idle Pod is that goes first."""
+    pod = turn.backlog.first_idle()
+    return turn.profile.reload_us if pod is None else turn.backlog.load_us(pod)
 
 
 def _pods_of(turn: Turn, task: Task) -> int:

@@ -16,6 +16,8 @@ from engine.turn import Turn
 
 MOST_NODES = 32
 """How many nodes are tried for one task."""
+MOST_PODS = 8 * MOST_NODES
+"""How many idle Pods are looked at for one task."""
 
 
 def claim(
@@ -50,7 +52,7 @@ def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tupl
     """Return a node, the devices and the idle Pods that must go; None when that makes no room."""
     backlog = turn.backlog
     tried: dict[int, None] = {}
-    for pod in backlog.idle_pods():
+    for pod in backlog.idle_pods(MOST_PODS):
         node = pod.node
         if backlog.earns_load(pod, turn.now):
             continue

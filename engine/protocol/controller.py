@@ -153,7 +153,7 @@ class Controller:
                 if key in link.attempts:
                     req_no, attempt, rank = key
                     progressed = e.TaskProgressed(
-                        req_no, attempt, message.done, message.total, rank, message.checkpoint
+                        req_no, attempt, message.done, message.total, rank, message.checkpoint, message.note
                     )
                     if message.checkpoint and message.checkpoint != link.attempts[key].checkpoint:
                         # What can be resumed must be known before the report that ends the attempt, maybe in this very batch.

@@ -248,6 +248,7 @@ class Progress:
     done: int
     total: int
     checkpoint: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
