@@ -31,6 +31,8 @@ class JobView(BaseModel):
     node: str = ""
     progress_done: int = 0
     progress_total: int = 0
+    progress_note: str = ""
+    """The method's word about its last step, such as a training's loss."""
     submitted_at: float
     """Unix seconds, like every time here."""
     started_at: float | None = None

@@ -28,7 +28,7 @@ from engine.protocol.agent import AgentMachine, Effect, KillPods, Life
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import NEVER, FailureCause, Micros
 from executors import ports, wire
-from executors.agent_items import item_of, pod_order, tail
+from executors.agent_items import item_of, pod_order, progress_of, tail
 from executors.curve import KeyPair
 from executors.spool import Spool
 
@@ -298,10 +298,7 @@ class NodeAgent:
     def _take_reports(self, now: Micros) -> None:
         for report in self._host.take():
             if isinstance(report, ports.AttemptProgressed):
-                progress = m.Progress(
-                    0, report.req_no, report.attempt, report.rank, report.done, report.total, report.checkpoint
-                )
-                self.machine.progress(now, progress)
+                self.machine.progress(now, progress_of(report))
             else:
                 self.machine.report(now, item_of(report))
 

@@ -10,6 +10,7 @@ from executors import ports
 
 DETAIL_CHARS = 4096
 RESULT_BYTES = 48 * 1024
+NOTE_CHARS = 200
 
 
 def pod_order(order: m.CreatePod) -> ports.PodOrder:
@@ -51,6 +52,20 @@ def item_of(report: ports.PodReport) -> m.Report:
             return m.Stopped(report.req_no, report.attempt, report.rank, report.checkpoint)
         case ports.AttemptProgressed():
             raise AssertionError("progress is no item of the stream")
+
+
+def progress_of(report: ports.AttemptProgressed) -> m.Progress:
+    """Return an attempt's progress as the machine takes it."""
+    return m.Progress(
+        session=0,
+        req_no=report.req_no,
+        attempt=report.attempt,
+        rank=report.rank,
+        done=report.done,
+        total=report.total,
+        checkpoint=report.checkpoint,
+        note=report.note[:NOTE_CHARS],
+    )
 
 
 def _done(report: ports.AttemptFinished) -> m.Done | m.Failed:

@@ -111,7 +111,8 @@ def follow(client: GatewayClient, req_no: str, quiet: bool = False) -> dict[str,
         if now != said and not quiet:
             steps = f" {view['progress_done']}/{view['progress_total']}" if view.get("progress_total") else ""
             where = f" on {view['node']}" if view.get("node") else ""
-            err.print(f"{req_no[:8]} {view['state']}{steps}{where} {view.get('reason') or ''}".rstrip(), markup=False)
+            why = view.get("reason") or view.get("progress_note") or ""
+            err.print(f"{req_no[:8]} {view['state']}{steps}{where} {why}".rstrip(), markup=False)
             said = now
         if view["state"] in TERMINAL:
             break

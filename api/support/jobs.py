@@ -59,6 +59,8 @@ class Job:
     last_event: int = 0
     quota: str = "reserved"
     """Its place in the tenant's quota: reserved, used, released."""
+    progress_note: str = ""
+    """What the method said of its last step; not stored, the next step says it anew."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -181,7 +183,7 @@ class JobFold:
         job = self.live.get(event.req_no)
         if job is None or job.terminal or event.attempt != job.attempt or event.rank != 0:
             return
-        job.progress_done, job.progress_total = event.done, event.total
+        job.progress_done, job.progress_total, job.progress_note = event.done, event.total, event.note
         self._change(folded, "progress", at, job, durable=False)
 
     def _deployed(self, folded: Folded, at: float, model: str, pods: int) -> None:
@@ -211,6 +213,8 @@ class JobFold:
         job.reason, job.detail = notice.reason, notice.detail
         if notice.state in _STARTED and job.started_at is None:
             job.started_at = at
+        if notice.state is not TaskState.RUNNING:
+            job.progress_note = ""
         if notice.state is TaskState.BACKOFF:
             job.progress_done = job.progress_total = 0
         if notice.state not in TERMINAL_STATES:
@@ -317,6 +321,7 @@ def view_of(job: Job) -> dict[str, Any]:
         "node": job.node,
         "progress_done": job.progress_done,
         "progress_total": job.progress_total,
+        "progress_note": job.progress_note,
         "submitted_at": job.submitted_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

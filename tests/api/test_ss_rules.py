@@ -76,6 +76,16 @@ def test_progress_of_an_old_attempt_is_not_shown() -> None:
     assert fold.fold(4, [TaskProgressed("t1", 2, 4, 10)], []).changes[0].durable is False
 
 
+def test_what_a_method_says_of_its_last_step_is_shown_while_it_runs() -> None:
+    one = job()
+    fold = accepted(one)
+    fold.fold(2, [], [Notify("t1", TaskState.RUNNING, attempt=1, node="n1")])
+    told = fold.fold(3, [TaskProgressed("t1", 1, 9, 10, 0, "checkpoint", "loss 0.1234")], [])
+    assert told.changes[0].view["progress_note"] == "loss 0.1234"
+    fold.fold(4, [], [Notify("t1", TaskState.BACKOFF, attempt=1, reason="crashed")])
+    assert one.progress_note == ""
+
+
 def test_a_retry_begins_its_progress_anew_and_keeps_its_first_start() -> None:
     one = job()
     fold = accepted(one)

@@ -14,7 +14,8 @@ from engine.protocol import messages as m
 from engine.protocol.agent import AgentMachine
 from engine.protocol.controller import Controller
 from engine.resources import Demand, GpuSpec, NodeSpec
-from executors import wire
+from executors import ports, wire
+from executors.agent_items import NOTE_CHARS, progress_of
 
 SPEC = NodeSpec("n", (GpuSpec("g", "cpu", 1),))
 CREATE = c.CreatePod(1, "n", "dreambooth", "", (), Demand(), 1)
@@ -113,11 +114,23 @@ def test_two_checkpoints_within_one_step_of_the_engine_end_with_the_later() -> N
     assert told == ["a", "b"]
 
 
+def test_a_note_on_a_step_comes_along() -> None:
+    ends = Ends()
+    ends.agent.progress(ends.now, m.Progress(0, "r", 1, 0, 5, 20, "a", "loss 0.5"))
+    ends.exchange()
+    assert ends.step() == [e.TaskProgressed("r", 1, 5, 20, 0, "a", "loss 0.5")]
+
+
+def test_a_note_that_is_too_long_is_cut_before_it_travels() -> None:
+    report = ports.AttemptProgressed("r", 1, 5, 20, "x" * 1000, 0, "a")
+    assert progress_of(report) == m.Progress(0, "r", 1, 0, 5, 20, "a", "x" * NOTE_CHARS)
+
+
 def test_an_end_that_knows_no_checkpoints_reads_the_others_progress_and_is_read() -> None:
-    (frame,) = wire.encode(m.Progress(1, "r", 1, 0, 5, 20, "a"))
+    (frame,) = wire.encode(m.Progress(1, "r", 1, 0, 5, 20, "a", "note"))
     fields = msgspec.msgpack.decode(frame)
-    assert fields[-1] == "a"
-    older = msgspec.msgpack.encode(fields[:-1])
+    assert fields[-2:] == ["a", "note"]
+    older = msgspec.msgpack.encode(fields[:-2])
     assert wire.decode(older) == m.Progress(1, "r", 1, 0, 5, 20)
 
 
