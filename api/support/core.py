@@ -23,8 +23,9 @@ from api.ports import SupportRefused
 from api.sm.journal import SqliteJournal
 from api.support.board import Board
 from api.support.intake import MethodDefaults, Request, understand
-from api.support.jobs import Folded, Job, JobFold
+from api.support.jobs import TRAINING_METHOD, Folded, Job, JobFold
 from api.support.payloads import StorePayloads
+from api.support.pictures import problem
 from api.support.store import Store
 from api.support.threads import IntakeThread, MailThread
 from engine.commands import Command
@@ -60,6 +61,7 @@ class SupportCore:
         self.methods, self.default_model = dict(methods), default_model
         self.clock = clock
         self._quotas = dict(quotas or {})
+        self._files = files
         self._max_live, self._max_expected = max_live, max_expected
         self.board = Board()
         self.fold = JobFold(store.live_jobs(), store.job_by_task, (journal.epoch << 32) + 1)
@@ -201,6 +203,7 @@ class SupportCore:
             default_model=self.default_model,
             find_model=self.store.model,
         )
+        self._look_at_pictures(request.job)
         quota = self._quotas.get(tenant, 0)
         if quota and self.store.quota_reserved(tenant) + len(self._posted) >= quota:
             raise MessageRefused(
@@ -213,6 +216,18 @@ class SupportCore:
         self._names[request.job.task_id] = key
         self._posted[key] = (request.job.task_id, {delivery.message_id: delivery})
         self._give(request)
+
+    def _look_at_pictures(self, job: Job) -> None:
+        """Refuse a training whose pictures cannot be used; a file store that does not answer leaves the judgement to the Pod."""
+        if self._files is None or job.method != TRAINING_METHOD:
+            return
+        try:
+            wrong = problem(self._files, job.parameters["pictures"])
+        except Exception as error:  # Every store has errors of its own.
+            _log.warning("pictures_unseen", req_no=job.req_no, error=f"{type(error).__name__}: {error}"[:300])
+            return
+        if wrong:
+            raise MessageRefused("invalid", f"body.parameters.{wrong}", job.req_no, job.tenant, job.header)
 
     def _give(self, request: Request) -> None:
         job = request.job

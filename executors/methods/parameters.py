@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 MAX_PROMPT_CHARS = 2000
 MAX_SIDE_PX = 2048
 MAX_PIXELS_PER_JOB = 16 * 1024 * 1024
+MAX_INPUT_PIXELS = 50_000_000
+"""Pixels of a user's own picture."""
 MAX_VALIDATIONS = 50
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""

@@ -12,8 +12,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from executors.methods.base import InputRefused
-
-MAX_INPUT_PIXELS = 50_000_000
+from executors.methods.parameters import MAX_INPUT_PIXELS
 
 
 def save_png(picture: Image.Image, path: Path, facts: Mapping[str, Any]) -> None:

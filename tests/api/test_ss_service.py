@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
 import random
 import uuid
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from api.mq.messages import decode, encode_request, request_id
 from api.mq.port import REQUESTS, RESULTS
@@ -72,6 +74,15 @@ class Platform:
         body = encode_request(req_no=req_no, **fields)
         self.queue.put(REQUESTS, raw_id or request_id(fields["tenant"], req_no), body, int(fields.get("priority", 0)))
         return req_no
+
+    def pictures(self, number: int = 3) -> list[str]:
+        """Store small pictures and return their file ids."""
+        ids = []
+        for shade in range(number):
+            out = io.BytesIO()
+            Image.new("RGB", (8, 8), (shade, 0, 0)).save(out, "PNG")
+            ids.append(self.files.put_bytes(out.getvalue(), "image/png").file_id)
+        return ids
 
     def results(self, number: int) -> dict[str, dict[str, Any]]:
         """Take this many results and fail if another one follows at once."""
@@ -304,8 +315,7 @@ def test_the_events_of_a_job_tell_its_life_and_end_with_it(platform: Platform) -
 
 
 def test_a_finished_training_becomes_a_model_that_generation_uses(platform: Platform) -> None:
-    pictures = [f"{n:064x}" for n in range(3)]
-    parameters = {"pictures": pictures, "category": "dog", "base_model": "tiny"}
+    parameters = {"pictures": platform.pictures(), "category": "dog", "base_model": "tiny"}
     req_no = platform.ask(method="dreambooth", task_type="TP", parameters=parameters)
     model_id = platform.result(req_no)["result"]["model"]
     model = platform.call(lambda: platform.support.model("acme", model_id))
@@ -323,6 +333,31 @@ def test_a_finished_training_becomes_a_model_that_generation_uses(platform: Plat
     assert platform.result(stolen, "other")["reason"] == "model_unknown"
 
 
+def test_a_training_on_pictures_that_are_none_is_refused_before_it_is_queued(platform: Platform) -> None:
+    text = platform.files.put_bytes(b"no picture", "image/png").file_id
+    parameters = {"pictures": [*platform.pictures(2), text], "category": "dog"}
+    refused = platform.result(platform.ask(method="dreambooth", task_type="TP", parameters=parameters))
+    assert (refused["state"], refused["reason"]) == ("rejected", "invalid")
+    assert refused["detail"] == "body.parameters.pictures.2: this is no picture; send PNG, JPEG or WebP"
+    parameters["pictures"][2] = "f" * 64
+    refused = platform.result(platform.ask(method="dreambooth", task_type="TP", parameters=parameters))
+    assert "pictures.2: there is no file ffff" in refused["detail"]
+
+
+def test_a_file_store_that_does_not_answer_leaves_the_judgement_to_the_pod(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from api.support import core
+
+    def away(*_: object) -> str:
+        raise ConnectionError("the store is away")
+
+    monkeypatch.setattr(core, "problem", away)
+    parameters = {"pictures": [f"{n:064x}" for n in range(3)], "category": "dog"}
+    asked = platform.ask(method="dreambooth", task_type="TP", parameters=parameters)
+    assert platform.result(asked)["state"] == "finished"
+
+
 def test_a_model_is_deployed_by_call_and_by_message(platform: Platform) -> None:
     view = platform.call(lambda: platform.support.deploy("acme", "tiny", 1))
     assert view.deployed_pods == 1
@@ -334,7 +369,7 @@ def test_a_model_is_deployed_by_call_and_by_message(platform: Platform) -> None:
 
 
 def test_deleting_a_model_waits_for_no_job_and_takes_it_away(platform: Platform) -> None:
-    parameters = {"pictures": [f"{n:064x}" for n in range(3)], "category": "dog"}
+    parameters = {"pictures": platform.pictures(), "category": "dog"}
     training = platform.ask(method="dreambooth", task_type="TP", parameters=parameters)
     model_id = platform.result(training)["result"]["model"]
     with pytest.raises(SupportRefused) as caught:
