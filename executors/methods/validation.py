@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from executors.methods import pictures, sampling
+from executors.methods.base import InputRefused
 from executors.methods.text_to_image import USUAL_GUIDANCE
 from executors.methods.training import Training
 
@@ -18,6 +20,7 @@ def draw_if_due(training: Training, before_step: Callable[[], None]) -> None:
     """Draw the validation prompts with the weights as they are now, if this step asks for it and they are not drawn yet.
 
     `before_step` is called before every denoising step and may raise to stop; what was drawn of this step is then forgotten.
+    A picture that cannot be decoded is left out: it costs nobody the training.
     """
     asked, step = training.asked, training.step
     due = step == asked.steps or (step > 0 and step % asked.validation_every == 0)
@@ -25,7 +28,11 @@ def draw_if_due(training: Training, before_step: Callable[[], None]) -> None:
         return
     made = [_draw(training, prompt, index, before_step) for index, prompt in enumerate(asked.validation_prompts)]
     for index, (prompt, latents) in enumerate(zip(asked.validation_prompts, made, strict=True)):
-        (picture,) = sampling.decode(training.loaded, latents)
+        try:
+            (picture,) = sampling.decode(training.loaded, latents)
+        except InputRefused as refused:
+            print(f"validation after step {step}: no picture of {prompt!r}: {refused}", file=sys.stderr, flush=True)
+            continue
         height, width = picture.height, picture.width
         facts = {
             "prompt": prompt,

@@ -320,6 +320,26 @@ def test_looking_at_the_model_does_not_change_what_it_becomes(
         assert torch.equal(value, weights(seen)[key]), key
 
 
+def test_a_validation_picture_that_cannot_be_decoded_is_left_out_and_the_training_goes_on(
+    model_ref: Callable[..., ModelRef],
+    new_context: Callable[..., Any],
+    subject_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    real, calls = validation.sampling.decode, []
+
+    def sometimes(loaded: Any, latents: torch.Tensor) -> Any:
+        calls.append(latents)
+        return real(loaded, latents * float("nan") if len(calls) == 1 else latents)
+
+    monkeypatch.setattr(validation.sampling, "decode", sometimes)
+    options = {"validation_prompts": ["a red star"], "validation_every": 2}
+    result = run(model_ref("sd"), asked(subject_files, **options), new_context(files=subject_files))
+    assert [file.name for file in result.files if file.role == "validation"] == ["validation-000003-0.png"]
+    assert "validation after step 2: no picture of 'a red star'" in capfd.readouterr().err
+
+
 def test_validation_draws_what_generation_draws_with_the_finished_model(
     model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], subject_files: dict[str, Path]
 ) -> None:
