@@ -16,7 +16,8 @@ MAX_SIDE_PX = 2048
 MAX_PIXELS_PER_JOB = 16 * 1024 * 1024
 MAX_INPUT_PIXELS = 50_000_000
 """Pixels of a user's own picture."""
-MAX_VALIDATIONS = 50
+MAX_VALIDATION_PICTURES = 100
+"""Validation pictures of one training: the description of a result must name them all."""
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""
 
@@ -162,11 +163,12 @@ class DreamBoothParameters(_Parameters):
 
     @model_validator(mode="after")
     def _validates_not_too_often(self) -> DreamBoothParameters:
-        rounds = -(-self.steps // self.validation_every)
-        if self.validation_prompts and rounds > MAX_VALIDATIONS:
+        made = -(-self.steps // self.validation_every) * len(self.validation_prompts)
+        if made > MAX_VALIDATION_PICTURES:
+            rounds = MAX_VALIDATION_PICTURES // len(self.validation_prompts)
             raise ValueError(
-                f"validation_every: {rounds} validations, more than {MAX_VALIDATIONS}; raise it to "
-                f"{-(-self.steps // MAX_VALIDATIONS)} or more"
+                f"validation_every: {made} validation pictures, more than {MAX_VALIDATION_PICTURES}; raise it to "
+                f"{-(-self.steps // rounds)} or more"
             )
         return self
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from executors.methods import adapters, buckets, pipelines, prior_cache, provenance, training_step, validation
 from executors.methods.base import InputRefused, MethodResult, ModelRef
 from executors.methods.dreambooth import DreamBooth
-from executors.methods.parameters import DreamBoothParameters, ParameterError, validate
+from executors.methods.parameters import MAX_VALIDATION_PICTURES, DreamBoothParameters, ParameterError, validate
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
 
@@ -453,6 +453,28 @@ def test_a_card_cannot_be_broken_by_what_a_user_wrote() -> None:
 
 
 # --- what is refused before anything is queued ------------------------------------------------------------------------
+
+
+def test_the_remedy_for_too_many_validations_is_one() -> None:
+    usual = {"pictures": ["a" * 64, "b" * 64, "c" * 64], "category": "dog", "validation_prompts": ["a", "b", "c"]}
+    with pytest.raises(
+        ParameterError, match=r"validation_every: 150 .*more than 100; raise it to (\d+) or more"
+    ) as caught:
+        validate("dreambooth", {**usual, "steps": 1000, "validation_every": 20})
+    enough = int(caught.value.message.split("raise it to ")[1].split()[0])
+    validate("dreambooth", {**usual, "steps": 1000, "validation_every": enough})
+    with pytest.raises(ParameterError):
+        validate("dreambooth", {**usual, "steps": 1000, "validation_every": enough - 1})
+
+
+def test_the_largest_result_still_fits_into_its_report() -> None:
+    from executors.agent_items import RESULT_BYTES
+
+    file = {"file_id": "f" * 64, "media_type": "image/png", "size_bytes": 10**8, "role": "validation"}
+    files = [{**file, "name": f"validation-{step:06d}-3.png"} for step in range(MAX_VALIDATION_PICTURES + 4)]
+    curve = [[20_000, 12345.123456]] * 100
+    texts = {"category": "c" * 60, "base_model": "b" * 200, "prompt": "p" * 120, "rest": "r" * 2000}
+    assert len(json.dumps({"files": files, "metadata": {**texts, "loss_curve": curve}})) < RESULT_BYTES
 
 
 @pytest.mark.parametrize(
