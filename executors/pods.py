@@ -48,6 +48,8 @@ LOG_MAX_BYTES = 8 << 20
 """A Pod's log is cut back to nothing beyond this size."""
 LOCK_WAIT_S = 10.0
 """How long to wait for a killed agent's last Pods to be gone: they hold the work directory's lock too."""
+SHARED_GRACE_S = 10.0
+"""Shortest grace of a stop in a Pod that holds others' attempts too: killing it at once would cost their work."""
 HOUSEKEEPING_PERIOD_S = 5.0
 LIGHT_METHODS = frozenset({"sleep"})
 """Methods that need no torch, and so are born by a nursery that has not imported it."""
@@ -181,11 +183,16 @@ class LocalPodHost:
         known.channel.send({"op": "start", **order})
 
     def stop(self, req_no: str, attempt: int, grace_us: int, keep_checkpoint: bool = False) -> None:
-        """Stop an attempt between two steps; after the grace its Pod is killed. Nothing happens when it is not here any more."""
+        """Stop an attempt between two steps; after the grace its Pod is killed. Nothing happens when it is not here any more.
+
+        Where other attempts run in the Pod the grace is SHARED_GRACE_S at least.
+        """
         for pod in self._pods.values():
             mine = [key for key in pod.attempts if key[:2] == (req_no, attempt)]
+            others = any(at is None for key, at in pod.attempts.items() if key not in mine)
+            grace_s = max(grace_us / 1e6, SHARED_GRACE_S if others else 0.0)
             for key in mine:
-                deadline = time.monotonic() + grace_us / 1e6
+                deadline = time.monotonic() + grace_s
                 pod.attempts[key] = min(deadline, pod.attempts[key] or deadline)
             if mine:
                 order = {"req_no": req_no, "attempt": attempt, "keep_checkpoint": keep_checkpoint}

@@ -16,7 +16,7 @@ from executors.methods.pipelines import LoadedPipeline
 REMEMBERED = 64
 """Prompts whose encoding is kept, the least recently used are forgotten first."""
 AT_ONCE = 16
-"""Prompts that one call encodes at most, so that the steps of the others wait no longer."""
+"""Prompts that one call encodes at most."""
 
 _Key = tuple[str, str, bool, Any, float]
 

@@ -30,6 +30,7 @@ class LoadedPipeline:
     foreign_adapter: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``."""
+    _foreign_scale: float | None = None
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -49,8 +50,9 @@ class LoadedPipeline:
         """Apply the adapter with this strength."""
         if self.adapter is not None:
             self.adapter.set_scale(scale)
-        elif self.foreign_adapter:
+        elif self.foreign_adapter and scale != self._foreign_scale:
             self.pipe.set_adapters(["subject"], [scale])
+            self._foreign_scale = scale
 
     def release(self) -> None:
         """Drop the pipeline and its memory."""

@@ -217,6 +217,18 @@ def test_a_cancel_and_a_refusal_harm_no_other_attempt(bench: Bench) -> None:
     bench.down()
 
 
+def test_a_stop_without_grace_spares_the_pod_while_others_run_in_it(bench: Bench) -> None:
+    bench.up(slots=SLOTS)
+    for name in ("cancelled", "other"):
+        bench.start(name, steps=100, seed=3)
+        bench.expect(AttemptProgressed, name)
+    bench.host.stop("cancelled", 1, 0)
+    bench.expect(AttemptStopped, "cancelled")
+    bench.expect(AttemptFinished, "other")
+    assert not [report for report in bench.seen if isinstance(report, PodDown)]
+    bench.down()
+
+
 def test_a_pod_that_is_deleted_stops_all_its_attempts_within_the_grace(bench: Bench) -> None:
     bench.up(slots=2)
     for name in ("a", "b", "waits"):

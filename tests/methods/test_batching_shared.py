@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from executors.batching import kept_files
 from executors.batching.batch import RunningBatch
 from executors.batching.requests import KeptPicture, PictureRequest
 from executors.batching.shared import SharedBatch, Stopped
-from executors.methods import pipelines
+from executors.methods import adapters, pipelines
 from executors.methods.base import Cancelled, ModelRef
 from executors.methods.parameters import TextToImageParameters
 from executors.methods.text_to_image import TextToImage
@@ -248,3 +249,33 @@ def test_a_damaged_checkpoint_starts_from_the_beginning(
     made = method.run(parameters(steps=2), new_context(checkpoint=folder))
     assert made.metadata["seeds"] == [11]
     assert "starting from the beginning" in capfd.readouterr().err
+
+
+def test_strengths_of_the_models_own_adapter_differ_within_one_batch(
+    new_context: Callable[..., Any], tmp_path: Path, tiny: pipelines.LoadedPipeline
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, module in tiny.pipe.unet.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn((4, module.in_features), generator=generator) * 0.2
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn((module.out_features, 4), generator=generator) * 0.05
+    adapters.write(tmp_path, tensors, {})
+    ref = ModelRef("mine", MODEL_DIR, tmp_path)
+    single, shared = TextToImage(), TextToImage()
+    single.load(ref, "cpu")
+    shared.load(ref, "cpu")
+    assert shared.share(3)
+    server = Caller(shared.serve)
+    asked = [parameters(adapter_scale=scale) for scale in (1.0, 0.0, 0.5)]
+    callers = [Caller(lambda each=each: shared.run(each, new_context())) for each in asked]  # type: ignore[misc]
+    seen = []
+    for each, caller in zip(asked, callers, strict=True):
+        mine, alone = caller.ended(), single.run(each, new_context())
+        assert mine.metadata == alone.metadata
+        a, b = (np.asarray(Image.open(made.files[0].path), float) for made in (mine, alone))
+        assert np.abs(a - b).max() <= 1.0
+        seen.append(a)
+    assert min(np.abs(seen[0] - seen[1]).max(), np.abs(seen[0] - seen[2]).max()) > 8.0
+    shared.leave()
+    server.ended()
