@@ -106,7 +106,7 @@ class MethodSection(_Section):
 
 def _default_methods() -> dict[str, MethodSection]:
     return {
-        "text_to_image": MethodSection(run_limit_s=1800),
+        "text_to_image": MethodSection(slots=4, run_limit_s=1800),
         "dreambooth": MethodSection(run_limit_s=6 * 3600),
         "sleep": MethodSection(run_limit_s=24 * 3600),
     }
