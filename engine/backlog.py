@@ -22,7 +22,7 @@ from engine.tasks import NEVER, SECOND, Affinity, Micros, PodState, TaskState
 from engine.timers import Timers
 
 ALIKE_US = 3 * SECOND
-"""Loads that differ by less are alike."""
+"""Loads that differ by less are alike, and no load counts for less."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 """2**64 divided by the golden ratio."""
@@ -481,7 +481,7 @@ class Backlog:
             spent = by_uuid[grant.uuid].load_us
             if spent > longest:
                 longest = spent
-        return longest or self.profile.reload_us
+        return max(longest, ALIKE_US) if longest else self.profile.reload_us
 
     def earns_load(self, pod: Pod, now: Micros) -> bool:
         """Tell whether a Pod still has to pay for its load: its model has tasks waiting, and it has not served long enough."""

@@ -304,10 +304,10 @@ def test_a_warm_model_goes_first_until_another_has_waited_much_longer(desk: Any,
     d = desk("aigc")
     d.node()
     d.step(ev.TaskSubmitted(task("m0", model="m")))
-    d.answer(d.step(ev.PodStarted(1), after=1.2))
+    d.answer(d.step(ev.PodStarted(1), after=4))
     d.submit(task("x", model="x"))
     d.submit(task("m1", model="m"), after=10)
-    d.submit(task("m2", model="m"), after=40)
+    d.submit(task("m2", model="m"), after=91)
     assert started(d.answer(d.finish("m0"))) == ["m1"]
     assert started(d.answer(d.finish("m1"))) == ["x"]
 
