@@ -35,6 +35,8 @@ from executors.ports import FileStore
 
 _log = structlog.get_logger("ss")
 GENERATES = "text_to_image"
+_NEVER_RESUMED = frozenset({"finished", "cancelled"})
+"""How jobs end whose checkpoints nobody needs; a dead-lettered one may be run again."""
 MIN_FREE_SHARE = 0.05
 """Below this share of free disk nothing new is accepted."""
 
@@ -161,10 +163,13 @@ class SupportCore:
             posted = self._posted.pop(job.key, None)
             if posted is not None:
                 deliveries.extend(posted[1].values())
+        unwanted: list[str] = []
         for outcome in folded.outcomes:
             self.counters[outcome.kind] += 1
+            if outcome.kind in _NEVER_RESUMED:
+                unwanted.extend(outcome.job.checkpoints)
         if deliveries or folded.outcomes:
-            self.mail.journaled(deliveries, results=bool(folded.outcomes))
+            self.mail.journaled(deliveries, results=bool(folded.outcomes), unwanted=unwanted)
 
     def _mark_sent(self, db: sqlite3.Connection) -> None:
         sent = self.mail.sent

@@ -17,11 +17,12 @@ import msgspec
 
 from api.mq.messages import encode_result, result_id
 from engine.commands import Command, Notify
-from engine.events import Event, ModelDeployed, ModelUndeployed, TaskProgressed, TaskSubmitted
+from engine.events import Event, ModelDeployed, ModelUndeployed, TaskProgressed, TaskStopped, TaskSubmitted
 from engine.tasks import TERMINAL_STATES, Micros, TaskState
 
 TRAINING_METHOD = "dreambooth"
 TERMINAL = frozenset(state.value for state in TERMINAL_STATES)
+KEPT_CHECKPOINTS = 2
 _STARTED = frozenset({TaskState.RUNNING})
 
 
@@ -61,6 +62,8 @@ class Job:
     """Its place in the tenant's quota: reserved, used, released."""
     progress_note: str = ""
     """What the method said of its last step; not stored, the next step says it anew."""
+    checkpoints: list[str] = field(default_factory=list)
+    """File ids of the last ones that its attempts told of in this life of SS; not stored."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -161,6 +164,9 @@ class JobFold:
                         self._change(folded, "submitted", at, job)
                 case TaskProgressed():
                     self._progress(folded, at, event)
+                    self._saved(event)
+                case TaskStopped():
+                    self._saved(event)
                 case ModelDeployed(model=model, pods=pods):
                     self._deployed(folded, at, model, pods)
                 case ModelUndeployed(model=model):
@@ -178,6 +184,12 @@ class JobFold:
         job.state, job.reason, job.detail, job.finished_at = TaskState.REJECTED.value, code, detail, at
         self._end(folded, at, job)
         return folded
+
+    def _saved(self, event: TaskProgressed | TaskStopped) -> None:
+        """Remember the checkpoints that a job leaves in the file store: the last one, and the one before it."""
+        job = self.live.get(event.req_no)
+        if job is not None and event.checkpoint and event.checkpoint not in job.checkpoints:
+            job.checkpoints = [*job.checkpoints, event.checkpoint][-KEPT_CHECKPOINTS:]
 
     def _progress(self, folded: Folded, at: float, event: TaskProgressed) -> None:
         job = self.live.get(event.req_no)

@@ -76,6 +76,7 @@ class MailThread:
         self._batch = batch
         self._condition = threading.Condition()
         self._acks: deque[Delivery] = deque()
+        self._unwanted: deque[str] = deque()
         self._work = True
         """The outbox may hold something; true at the start, for what an earlier life left."""
         self._stopping = False
@@ -96,9 +97,10 @@ class MailThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def journaled(self, deliveries: Sequence[Delivery], *, results: bool) -> None:
-        """Note that requests are durable, and whether the outbox grew."""
+    def journaled(self, deliveries: Sequence[Delivery], *, results: bool, unwanted: Sequence[str] = ()) -> None:
+        """Note that requests are durable, whether the outbox grew, and which files nobody needs any more."""
         with self._condition:
+            self._unwanted.extend(unwanted)
             self._acks.extend(deliveries)
             self._work = self._work or results
             self._condition.notify_all()
@@ -116,9 +118,22 @@ class MailThread:
                 self._queue.ack(acks)
                 if work:
                     self._publish()
+                self._remove_unwanted()
         except BaseException as error:
             _log.exception("mail_failed")
             self._failed(error)
+
+    def _remove_unwanted(self) -> None:
+        """Remove files that nobody needs; a store that does not answer keeps them."""
+        while self._unwanted:
+            file_id = self._unwanted.popleft()
+            try:
+                if self._files is not None:
+                    self._files.delete(file_id)
+            except Exception as error:  # Every store has errors of its own.
+                _log.warning(
+                    "checkpoint_not_removed", file_id=file_id[:80], error=f"{type(error).__name__}: {error}"[:300]
+                )
 
     def _publish(self) -> None:
         while True:

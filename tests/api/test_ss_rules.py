@@ -21,7 +21,7 @@ from api.support.jobs import Job, JobFold, Model, outcome_of, read_result, train
 from api.support.payloads import StorePayloads, resolve
 from api.support.store import Store
 from engine.commands import CreatePod, Notify, PrefetchModel, StartTask
-from engine.events import ModelDeployed, ModelUndeployed, TaskProgressed, TaskSubmitted
+from engine.events import ModelDeployed, ModelUndeployed, TaskProgressed, TaskStopped, TaskSubmitted
 from engine.protocol.controller import PayloadRefused
 from engine.resources import Demand
 from engine.tasks import SECOND, TERMINAL_STATES, Affinity, FailureCause, TaskSpec, TaskState, TaskType
@@ -84,6 +84,15 @@ def test_what_a_method_says_of_its_last_step_is_shown_while_it_runs() -> None:
     assert told.changes[0].view["progress_note"] == "loss 0.1234"
     fold.fold(4, [], [Notify("t1", TaskState.BACKOFF, attempt=1, reason="crashed")])
     assert one.progress_note == ""
+
+
+def test_the_last_two_checkpoints_of_a_job_are_known_however_they_were_told() -> None:
+    one = job()
+    fold = accepted(one)
+    fold.fold(2, [], [Notify("t1", TaskState.RUNNING, attempt=1, node="n1")])
+    told = [TaskProgressed("t1", 1, n, 10, 0, name) for n, name in enumerate(["a", "b", "b", "c"])]
+    fold.fold(3, [*told, TaskProgressed("t1", 1, 9, 10), TaskStopped("t1", 1, 0, "d"), TaskStopped("t1", 1)], [])
+    assert one.checkpoints == ["c", "d"]
 
 
 def test_a_retry_begins_its_progress_anew_and_keeps_its_first_start() -> None:

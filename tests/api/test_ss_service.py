@@ -27,9 +27,11 @@ from api.support.drill import DrillWorld
 from api.support.intake import MethodDefaults
 from api.support.jobs import Model
 from engine import profiles
+from engine.events import TaskFailed, TaskFinished, TaskProgressed
 from engine.limits import Limits
 from engine.resources import Demand
 from engine.scheduler import Engine
+from engine.tasks import FailureCause
 from executors.dfs import open_store
 
 METHODS = {
@@ -213,6 +215,28 @@ def test_a_running_task_is_cancelled_and_no_result_follows(platform: Platform) -
     assert platform.result(req_no)["state"] == "cancelled"
     other = platform.ask()
     assert set(platform.results(1)) == {f"acme/{other}"}
+
+
+@pytest.mark.parametrize(("end", "left"), [("cancelled", 0), ("finished", 0), ("dead", 2)])
+def test_checkpoints_leave_with_a_job_that_nobody_will_resume(platform: Platform, end: str, left: int) -> None:
+    kept = [platform.files.put_bytes(content, "application/x-tar").file_id for content in (b"first", b"second")]
+    req_no = platform.ask(seconds=3600)
+    platform.job_when(req_no, {"running"})
+    post = platform.scheduler.core.post
+    for done, file_id in enumerate(kept, start=1):
+        post(TaskProgressed(req_no, 1, done, 9, 0, file_id))
+    match end:
+        case "cancelled":
+            platform.call(lambda: platform.support.cancel("acme", req_no))
+        case "finished":
+            post(TaskFinished(req_no, 1, 0, '{"files":[],"metadata":{}}', 1))
+        case _:
+            post(TaskFailed(req_no, 1, FailureCause.BAD_INPUT))
+    assert platform.result(req_no)["state"] == end
+    platform.stop()  # Sends what is owed and removes what is unwanted.
+    found = [file_id for file_id in kept if platform.files.stat(file_id) is not None]
+    platform.start()
+    assert len(found) == left
 
 
 def test_a_cancel_after_the_result_answers_the_result(platform: Platform) -> None:
