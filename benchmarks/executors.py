@@ -22,17 +22,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-
-from executors.methods import device as devices
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import diffusers
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +35,7 @@ from rich.table import Table
 from executors.batching.batch import RunningBatch
 from executors.batching.lora import AdapterBank
 from executors.batching.requests import Entered, Failed, Finished, PictureRequest
-from executors.methods import adapters, pipelines
+from executors.methods import adapters, device, pipelines
 from executors.methods.base import ModelRef
 from executors.tiny import MODEL_DIR
 
@@ -270,7 +265,7 @@ def _machine(where: torch.device) -> str:
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{os.cpu_count()} cores, 1 thread"
     return (
         f"{platform.system()} {platform.machine()}, {name}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+        f"torch {torch.__version__}, diffusers {version('diffusers')}"
     )
 
 
@@ -303,8 +298,8 @@ def main() -> None:
     first = fresh()
     size, where = first.native_size[0], first.device
     del first
-    report = {
-        "machine": _machine(devices.resolve(options.device)),
+    report: dict[str, Any] = {
+        "machine": _machine(device.resolve(options.device)),
         "mix": compare(fresh, mix(options.requests, size), options.capacity),
         "step": step_times(fresh, size, options.repeats),
         "urgent": urgent_wait(fresh, size, options.capacity),
