@@ -7,7 +7,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo test check format fast fasttest bench lock clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -39,11 +39,24 @@ format: $(STAMP) ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+fast: $(STAMP) ## Build the hot modules natively (mypyc, needs a C compiler) into build/fast
+	rm -rf build/fast
+	mkdir -p build/fast
+	cp -r engine predictors executors sim api benchmarks setup.py mypyc.ini pyproject.toml README.md LICENSE build/fast/
+	if [ -d ../shared ]; then ln -sfn ../../shared build/shared; fi
+	cd build/fast && AIGC_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
+
+fasttest: fast ## The engine's and the simulator's tests against the native build
+	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -m pytest -q -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. ../../tests/engine ../../tests/sim/test_simulate.py ../../tests/sim/test_jobs_core.py
+
 bench: $(STAMP) ## Every benchmark, tables to the terminal
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.simulate
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.jobs
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.executors
 
 lock: $(STAMP) ## Write requirements.lock from what is installed
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^torch( @|==).*/torch==2.13.0/'; } > requirements.lock.new

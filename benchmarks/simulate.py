@@ -44,6 +44,7 @@ def run_simulation(arguments: argparse.Namespace) -> dict[str, float | str]:
     import simpy
 
     from sim.simulate import SimulationConfig, simulate
+    from sim.synthetic import SyntheticConfig
 
     class CountingEnvironment(simpy.Environment):
         """Counts the events that SimPy handles."""
@@ -55,9 +56,11 @@ def run_simulation(arguments: argparse.Namespace) -> dict[str, float | str]:
             super().schedule(*args, **kwargs)  # type: ignore[arg-type]
 
     trace = TRACE if TRACE.exists() and not arguments.synthetic else None
+    made = SyntheticConfig(tasks=arguments.synthetic or 20_000, models=arguments.models)
     config = SimulationConfig(
         trace=trace,
-        synthetic_tasks=arguments.synthetic or 20_000,
+        synthetic=None if trace else made,
+        step_ms=arguments.step_ms,
         nodes=arguments.nodes,
         gpus_per_node=8,
         profile=arguments.profile,
@@ -73,8 +76,9 @@ def run_simulation(arguments: argparse.Namespace) -> dict[str, float | str]:
     cpu_s, wall_s = time.process_time() - began, time.perf_counter() - wall
     measured_mib = peak_mib()
     tasks = len(workload.arrivals)
-    simpy.Environment = CountingEnvironment  # type: ignore[misc]
-    simulate(config, workload=workload)
+    if tasks <= 100_000:
+        simpy.Environment = CountingEnvironment  # type: ignore[misc]
+        simulate(config, workload=workload)
     return {
         "row": f"{arguments.profile}, {arguments.forecaster}",
         "workload": workload.name,
@@ -139,6 +143,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=8, help="nodes of 8 GPUs (default 8: 64 GPUs)")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="how many times as fast the tasks arrive")
     parser.add_argument("--synthetic", type=int, default=0, help="this many synthetic tasks instead of the trace")
+    parser.add_argument("--models", type=int, default=86, help="models of the synthetic workload")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="the scheduler decides once in so many milliseconds")
     parser.add_argument("--profile", default="", help="one profile only")
     parser.add_argument("--forecaster", default="online")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
@@ -158,6 +164,10 @@ def main() -> None:
         str(arguments.rate_scale),
         "--synthetic",
         str(arguments.synthetic),
+        "--models",
+        str(arguments.models),
+        "--step-ms",
+        str(arguments.step_ms),
     ]
     wanted = (
         [(arguments.profile, arguments.forecaster)]
@@ -180,6 +190,8 @@ def main() -> None:
     for profile, forecaster in wanted:
         last = row_in_own_process("--row", "--profile", profile, "--forecaster", forecaster, *size)
         show(last)
+    if not last["events"]:
+        return
     bare = row_in_own_process("--bare", str(last["events"]), "--tasks", str(last["tasks"]))
     show(bare)
     factor = float(bare["tasks_per_cpu_s"]) / float(last["tasks_per_cpu_s"])

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.entities import Gpu, Node
 from engine.resources import WHOLE_GPU, Demand, GpuGrant, GpuSpec, NodeSpec
@@ -54,6 +55,8 @@ class Cluster:
         """Grows with every change of a row."""
         self.cached: dict[str, dict[int, None]] = {}
         """Model -> rows of the nodes whose cache probably holds it."""
+        self._holders: dict[str, npt.NDArray[np.bool_]] = {}
+        """The same as vectors, for models that many nodes hold."""
         self.topology = 0
         """Grows when what nodes have in all changed."""
         self._trials: list[Trial] = []
@@ -253,6 +256,9 @@ class Cluster:
             del models[model]
         else:
             self.cached.setdefault(model, {})[node.index] = None
+            mask = self._holders.get(model)
+            if mask is not None and node.index < len(mask):
+                mask[node.index] = True
         models[model] = None
         if len(models) > most:
             oldest = next(iter(models))
@@ -270,6 +276,20 @@ class Cluster:
         del rows[node.index]
         if not rows:
             del self.cached[model]
+            self._holders.pop(model, None)
+        else:
+            mask = self._holders.get(model)
+            if mask is not None and node.index < len(mask):
+                mask[node.index] = False
+
+    def holders(self, model: str) -> npt.NDArray[np.bool_]:
+        """Return for every node whether its cache probably holds a model."""
+        mask = self._holders.get(model)
+        if mask is None or len(mask) != len(self.nodes):
+            mask = np.zeros(len(self.nodes), dtype=np.bool_)
+            mask[list(self.cached.get(model, ()))] = True
+            self._holders[model] = mask
+        return mask
 
     def amounts(self, demand: Demand) -> list[tuple[int, int]]:
         """Return (column, amount) for everything besides GPUs that a demand asks for."""

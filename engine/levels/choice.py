@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.commands import Notify
 from engine.entities import Node, Pod, Task
 from engine.kinds import RoomLine, Shape
@@ -9,6 +11,9 @@ from engine.levels.speed import fastest
 from engine.making import start_task
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
+
+FEW = 32
+"""Nodes that are looked at one by one; more of them all at once."""
 
 
 def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
@@ -38,7 +43,11 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
     if not bonus or task.spec.model in best.models:
         return best
     top = (fit.score(best) - bonus, -best.index)
-    for row in cluster.cached.get(task.spec.model, ()):
+    rows = cluster.cached.get(task.spec.model, {})
+    if len(rows) > FEW:
+        row = int(np.where(cluster.holders(task.spec.model), fit.scores, -1).argmax())
+        rows = {row: None}
+    for row in rows:
         score = int(fit.scores[row])
         if score >= 0 and (score, -row) > top:
             best, top = cluster.nodes[row], (score, -row)
