@@ -2,8 +2,8 @@
 
 They give the load of a base model, of an adapter and of a pipeline, each with the container that it happened in. Which container it
 was explains most of a base model's load time: some load in 3 s every time, most in 20 to 45 s, whatever was loaded before. So here
-every GPU is one of the containers, drawn by its identity, and its loads are drawn from what that container measured; where the files
-of a model lie makes no difference then. ControlNet loads are left out: the requests do not say which of them use one.
+every GPU is one of the containers, drawn by its identity, and its loads are drawn from what that container measured; where the
+files of a model lie makes no difference then. ControlNet loads are left out: the requests do not say which of them use one.
 """
 
 from __future__ import annotations
