@@ -11,6 +11,7 @@ from heapq import heapify, heappop, heappush
 
 from engine.entities import Account, Group, Pod, Task, Tenant
 from engine.fit import Fit, places_on
+from engine.idle import IdlePods
 from engine.kinds import Kind, RoomLine, Shape, WarmLine, WarmSet, cap_of, rounded_up
 from engine.levels.ordering import AGED, ORDINARY
 from engine.levels.waiting import Waiting
@@ -18,11 +19,9 @@ from engine.lines import Line, Parked, Rank
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
-from engine.tasks import NEVER, SECOND, Affinity, Micros, PodState, TaskState
+from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
 from engine.timers import Timers
 
-ALIKE_US = 3 * SECOND
-"""Loads that differ by less are alike, and no load counts for less."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 """2**64 divided by the golden ratio."""
@@ -50,7 +49,8 @@ class Backlog:
         """Room lines for which any node will do."""
         self.parked: Parked = {}
         """Tenant -> lines in which tasks of it may be parked."""
-        self.idle: dict[int, Pod] = {}
+        self.idle_pods = IdlePods(profile)
+        self.idle = self.idle_pods.pods
         self.overdue: dict[int, Pod] = {}
         """Pods that are idle for too long, by their number."""
         self.preempt_at: Micros = -1
@@ -61,12 +61,6 @@ class Backlog:
         """When tasks that stand back for the Pods of their models are looked at again."""
         self.no_room_at = (-1, -1, -1, -1)
         """What was idle, free and waiting when idle Pods could make room for nobody."""
-        self.idle_version = 0
-        """Grows when a Pod becomes idle."""
-        self.idle_tokens: dict[int, int] = {}
-        """Idle Pods by number: the version with which they became idle."""
-        self._idle_heap: list[tuple[int, Micros, int, int, Pod]] = []
-        """`idle_order` with the token, lazily."""
         self.urgent = 0
         """Urgent tasks in lines."""
         self.may_be_aged = False
@@ -113,10 +107,8 @@ class Backlog:
         self.woken.clear()
         self.open_rooms.clear()
         self.parked.clear()
-        self.idle.clear()
+        self.idle_pods.clear()
         self.overdue.clear()
-        self.idle_tokens.clear()
-        self._idle_heap.clear()
         self.by_model.clear()
         self.may_be_aged = False
         self.look_anew()
@@ -256,7 +248,7 @@ class Backlog:
                 del here[number]
                 if not here:
                     del warm.by_node[row]
-            self._not_idle(number)
+            self.idle_pods.drop(number)
             if pod.state is PodState.GONE:
                 self._forget(pod)
             return
@@ -267,7 +259,7 @@ class Backlog:
                 warm.by_node[row] = {number: pod}
         pod.offered = busy
         if self.profile.warm_first_loads and pod.demand.gpu_share < WHOLE_GPU and not busy:
-            self._neighbours_load(pod)
+            self.idle_pods.neighbours_loaded(pod)
         exclusive = pod.node.exclusive is not None
         creating = pod.state is PodState.CREATING
         if not exclusive:
@@ -276,9 +268,9 @@ class Backlog:
             if len(heap) > 64 + 8 * len(warm.by_node):
                 self._compact(warm)
         if busy or creating:
-            self._not_idle(number)
+            self.idle_pods.drop(number)
         elif number not in self.idle:
-            self._now_idle(pod)
+            self.idle_pods.add(pod)
         for (need, line_row), line in warm.kind.lines.items():
             if (
                 line.live
@@ -425,75 +417,10 @@ class Backlog:
         affinity = task.spec.affinity
         return affinity is not Affinity.NONE and (self.profile.group_affinity or affinity is not Affinity.PREFERRED)
 
-    def idle_pods(self, most: int) -> list[Pod]:
-        """Return the idle Pods that go first when some must go, at most so many."""
-        heap, idle = self._idle_heap, self.idle_tokens
-        first: list[tuple[int, Micros, int, int, Pod]] = []
-        while heap and len(first) < most:
-            entry = heappop(heap)
-            if idle.get(entry[2]) == entry[3]:
-                first.append(entry)
-        for entry in first:
-            heappush(heap, entry)
-        return [entry[4] for entry in first]
-
-    def first_idle(self) -> Pod | None:
-        """Return the idle Pod that goes first when some must go."""
-        heap, idle = self._idle_heap, self.idle_tokens
-        while heap:
-            if idle.get(heap[0][2]) == heap[0][3]:
-                return heap[0][4]
-            heappop(heap)
-        return None
-
     def look_anew(self) -> None:
         """Put nothing off any longer: as an engine would that begins from a snapshot."""
         self.preempt_at = self.preempt_armed_for = self.look_back_at = self.young_at = -1
         self.no_room_at = (-1, -1, -1, -1)
-
-    def _now_idle(self, pod: Pod) -> None:
-        self.idle[pod.number] = pod
-        self.idle_version += 1
-        self.idle_tokens[pod.number] = self.idle_version
-        heap = self._idle_heap
-        quick, since, number = self.idle_order(pod)
-        heappush(heap, (quick, since, number, self.idle_version, pod))
-        if len(heap) > 64 + 4 * len(self.idle):
-            tokens = self.idle_tokens
-            self._idle_heap = [entry for entry in heap if tokens.get(entry[2]) == entry[3]]
-            heapify(self._idle_heap)
-
-    def _neighbours_load(self, pod: Pod) -> None:
-        """Take in that what loads take on shared devices may have changed for the idle Pods beside one that started."""
-        for number, other in pod.node.pods.items():
-            if number in self.idle and other is not pod:
-                self._now_idle(other)
-
-    def _not_idle(self, number: int) -> None:
-        if self.idle.pop(number, None) is not None:
-            del self.idle_tokens[number]
-
-    def load_us(self, pod: Pod) -> Micros:
-        """Return what loading another model where a Pod is would take, by what its devices took lately."""
-        by_uuid = pod.node.by_uuid
-        longest = 0
-        for grant in pod.grants:
-            spent = by_uuid[grant.uuid].load_us
-            if spent > longest:
-                longest = spent
-        return max(longest, ALIKE_US) if longest else self.profile.reload_us
-
-    def earns_load(self, pod: Pod, now: Micros) -> bool:
-        """Tell whether a Pod still has to pay for its load: its model has tasks waiting, and it has not served long enough."""
-        times = self.profile.serve_loads
-        if not times or pod.created_at + (times + 1) * self.load_us(pod) <= now:
-            return False
-        return any(line.live and line.node in (-1, pod.node.index) for line in pod.warm.kind.lines.values())
-
-    def idle_order(self, pod: Pod) -> tuple[int, Micros, int]:
-        """Return what idle Pods are sorted by when some must go: where loads are quick first, if that counts; then by idle time."""
-        quick = self.load_us(pod) // ALIKE_US if self.profile.warm_first_loads else 0
-        return quick, pod.idle_since, pod.number
 
     def shape_of(self, task: Task) -> Shape:
         """Return what the task asks for."""

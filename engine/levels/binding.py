@@ -140,7 +140,7 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
     pod = turn.backlog.pick_warm(line, task)
     if pod is None:
         return False
-    if not pod.tasks and turn.profile.reclaim_idle and not turn.backlog.earns_load(pod, turn.now):
+    if not pod.tasks and turn.profile.reclaim_idle and not turn.backlog.idle_pods.pays_for_load(pod, turn.now):
         if rank[0] >= 0 and turn.backlog.is_turn_of_aged() and _yield_to_aged(turn, task):
             return True
         if not (turn.cold_known and turn.cold is None) and _yield_to_cold(turn, rank, task, pod):

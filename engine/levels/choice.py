@@ -57,4 +57,4 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
 def room_version(turn: Turn) -> tuple[int, int, int]:
     """Return what changes whenever making room may go where it did not."""
     cluster = turn.state.cluster
-    return turn.backlog.idle_version, cluster.version, turn.state.deployed
+    return turn.backlog.idle_pods.version, cluster.version, turn.state.deployed

@@ -61,9 +61,9 @@ def may_leave(turn: Turn, pod: Pod, task: Task, other: Task, same_band: bool) ->
             return False
     if same_band:
         loads = profile.warm_first_loads
-        longer_us = loads * turn.backlog.load_us(pod) if loads else profile.warm_first_us
+        longer_us = loads * turn.backlog.idle_pods.load_us(pod) if loads else profile.warm_first_us
         return other.submitted_at + longer_us <= task.submitted_at
-    stands_us = turn.backlog.load_us(pod) if profile.gather_us else profile.preempt_patience_us
+    stands_us = turn.backlog.idle_pods.load_us(pod) if profile.gather_us else profile.preempt_patience_us
     return other.pending_since + stands_us <= turn.now or not _has_pods(turn, other)
 
 
@@ -104,8 +104,8 @@ def _earns(turn: Turn, task: Task, waiting_per_pod: int, load_us: Micros, worth_
 
 def _next_load_us(turn: Turn) -> Micros:
     """Return what the next load will take, if it is where the idle Pod is that goes first."""
-    pod = turn.backlog.first_idle()
-    return turn.profile.reload_us if pod is None else turn.backlog.load_us(pod)
+    pod = turn.backlog.idle_pods.first()
+    return turn.profile.reload_us if pod is None else turn.backlog.idle_pods.load_us(pod)
 
 
 def _pods_of(turn: Turn, task: Task) -> int:

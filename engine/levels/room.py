@@ -50,11 +50,11 @@ def claim(
 
 def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tuple[GpuGrant, ...], list[Pod]] | None:
     """Return a node, the devices and the idle Pods that must go; None when that makes no room."""
-    backlog = turn.backlog
+    idle_pods = turn.backlog.idle_pods
     tried: dict[int, None] = {}
-    for pod in backlog.idle_pods(MOST_PODS):
+    for pod in idle_pods.first_few(MOST_PODS):
         node = pod.node
-        if backlog.earns_load(pod, turn.now):
+        if idle_pods.pays_for_load(pod, turn.now):
             continue
         if node.index in tried or (line.node >= 0 and node.index != line.node):
             continue
@@ -73,9 +73,11 @@ def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tupl
 
 def _try_node(turn: Turn, line: RoomLine, node: Node) -> tuple[tuple[GpuGrant, ...], list[Pod]] | None:
     cluster, demand = turn.state.cluster, line.fit.demand
-    backlog = turn.backlog
-    idle = [pod for pod in node.pods.values() if pod.number in backlog.idle and not backlog.earns_load(pod, turn.now)]
-    idle.sort(key=backlog.idle_order)
+    idle_pods = turn.backlog.idle_pods
+    idle = [
+        pod for pod in node.pods.values() if pod.number in idle_pods.pods and not idle_pods.pays_for_load(pod, turn.now)
+    ]
+    idle.sort(key=idle_pods.order)
     victims: list[Pod] = []
     grants: tuple[GpuGrant, ...] | None = None
     for pod in idle:
