@@ -32,6 +32,9 @@ def simulate(
     ] = 1,
     forecaster: Annotated[str, typer.Option(help="online, declared or oracle.")] = "online",
     rate_scale: Annotated[float, typer.Option(help="Multiply the arrival rate.")] = 1.0,
+    step_ms: Annotated[
+        float, typer.Option(help="Decide at most once in so many milliseconds, for speed; 0: at every instant.")
+    ] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N tasks.")] = None,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks of the synthetic workload.")] = 10_000,
     mtbf_hours: Annotated[
@@ -72,6 +75,7 @@ def simulate(
             seed=seed,
             forecaster=forecaster,
             rate_scale=rate_scale,
+            step_ms=step_ms,
             limit=limit,
             synthetic_tasks=tasks,
             mtbf_hours=mtbf_hours,

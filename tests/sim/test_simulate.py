@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,17 @@ def test_unknown_profiles_nodes_and_files_are_named():
         simulate(changed(faults=(Fault(1, FaultKind.NODE_LOST, "mars"),)))
     with pytest.raises(WorkloadError, match=r"gone\.csv"):
         simulate(changed(trace=Path("gone.csv")))
+
+
+def test_with_steps_the_scheduler_decides_only_at_multiples_of_them() -> None:
+    seen: list[tuple[int, int]] = []
+    config = SimulationConfig(synthetic_tasks=200, nodes=1, rate_scale=500, step_ms=20, forecaster="none")
+    in_steps = simulate(config, journal=lambda now, events, commands: seen.append((now, len(events))))
+    assert all(now % 20_000 == 0 for now, events in seen if events)
+    assert in_steps.summary.ends["finished"] == simulate(replace(config, step_ms=0)).summary.ends["finished"]
+    assert max(events for _, events in seen) > 1
+
+
+def test_a_step_of_no_sensible_length_is_refused() -> None:
+    with pytest.raises(ConfigError, match="step_ms"):
+        SimulationConfig(step_ms=-1)

@@ -9,7 +9,7 @@ import pytest
 from engine.tasks import SECOND, FailureCause, TaskType, is_urgent
 from sim import gentd26, likeness, own_tasks, synthetic
 from sim.synthetic import SyntheticConfig
-from sim.workload import Arrival, Workload, WorkloadError, declared
+from sim.workload import Arrival, Workload, WorkloadError, declared, demanding
 
 HEADER = (
     "gmt_create,predict_type,predict_status,exec_time_seconds,groupId,prompt_length,negative_prompt_length,"
@@ -210,3 +210,20 @@ def test_arrivals_out_of_order_are_refused():
     first, second, third = workload.arrivals
     with pytest.raises(WorkloadError, match="sort"):
         Workload("x", (first, Arrival(third.at + 1, second.task), third))
+
+
+def test_a_made_workload_is_the_same_task_by_task_and_as_a_whole() -> None:
+    rows = declared(synthetic.make(SyntheticConfig(tasks=300, training_share=0.1)), 0.5, 1).scaled(2.0).arrivals
+    every = tuple(rows)
+    assert len(every) == len(rows) == 300
+    assert [rows[0], rows[-1], rows[170]] == [every[0], every[-1], every[170]]
+    assert rows[5:8] == every[5:8]
+    assert [each.at for each in every] == sorted(each.at for each in every)
+    with pytest.raises(IndexError):
+        rows[300]
+
+
+def test_the_digest_of_a_made_workload_tells_every_change() -> None:
+    made = synthetic.make(SyntheticConfig(tasks=100))
+    changed = (made.scaled(2.0), declared(made, 0.5, 1), demanding(made, gpu_share=500, gpu_memory_gib=8, slots=2))
+    assert len({made.digest(), made.limited(99).digest(), *(each.digest() for each in changed)}) == 5
