@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from api.sm.journal import SqliteJournal
+from benchmarks.machine import machine_line
 from engine import profiles
 from engine.commands import CreatePod, PrefetchModel, StartTask
 from engine.events import Event, NodeJoined, TaskFinished, TaskSubmitted
@@ -434,9 +434,9 @@ def main() -> None:
         "Dramatiq + Redis": measure_dramatiq(options),
     }
     if options.json:
-        print(json.dumps({"machine": _machine(), "workers": options.workers, "results": measured}, indent=1))
+        print(json.dumps({"machine": machine_line(), "workers": options.workers, "results": measured}, indent=1))
         return
-    print(f"no-op tasks, {options.workers} workers, {_machine()}")
+    print(f"no-op tasks, {options.workers} workers, {machine_line()}")
     print(f"{'':18} {'tasks/s':>9} {'p50 ms':>8} {'p99 ms':>8}   at {options.arrivals:.0f} arrivals/s")
     for name, result in measured.items():
         if "missing" in result:
@@ -445,10 +445,6 @@ def main() -> None:
         extra = f"  {result['tasks_per_commit']:.0f} tasks per journal commit" if "tasks_per_commit" in result else ""
         extra = extra or f"  {result.get('version', '')}"
         print(f"{name:18} {result['rate']:9.0f} {result['p50_ms']:8.2f} {result['p99_ms']:8.2f} {extra}")
-
-
-def _machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {platform.system()}"
 
 
 if __name__ == "__main__":

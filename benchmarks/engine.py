@@ -1,4 +1,4 @@
-"""How fast the engine decides: ``python benchmarks/engine.py [--seconds 5]``, or ``python -m benchmarks.engine``.
+"""How fast the engine decides: ``python -m benchmarks.engine [--seconds 5]``.
 
 Two figures, both over the whole life of tasks (submitted, admitted, placed, started, finished, told), in CPU time of one core spent
 inside `Engine.step` (and in wall time beside it), with the `aigc` profile and a queue that is kept full. Each measurement is cut
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 import sys
 import time
@@ -34,8 +33,7 @@ from statistics import median
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-
+from benchmarks.machine import machine_line  # noqa: E402
 from engine import events as ev  # noqa: E402
 from engine import profiles  # noqa: E402
 from engine.commands import CreatePod, DeletePod, StartTask  # noqa: E402
@@ -170,18 +168,6 @@ class Load:
         }
 
 
-def machine() -> str:
-    """Say what this was measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, Python {platform.python_version()}, numpy {np.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="wall time per measurement")
@@ -203,9 +189,9 @@ def main() -> None:
         for mix in ("warm", "cold")
     }
     if arguments.json:
-        print(json.dumps({"machine": machine(), "results": results, "cost_10000_over_100": ratios}))
+        print(json.dumps({"machine": machine_line(), "results": results, "cost_10000_over_100": ratios}))
         return
-    print(f"machine: {machine()}; placements a second of one core inside Engine.step, {WINDOWS} windows each")
+    print(f"machine: {machine_line()}; placements a second of one core inside Engine.step, {WINDOWS} windows each")
     print(
         f"{'load':18} {'CPU median':>10} {'CPU mean':>9} {'wall median':>11} {'wall mean':>9} {'us each':>8} {'quiet':>7}"
         f" {'new Pods':>9} {'waiting':>8} {'running':>8}"

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine_line
 from executors.batching.batch import RunningBatch
 from executors.batching.lora import AdapterBank
 from executors.batching.requests import Entered, Failed, Finished, PictureRequest
@@ -262,11 +261,8 @@ def urgent_wait(fresh: Callable[[], pipelines.LoadedPipeline], size: int, capaci
 
 
 def _machine(where: torch.device) -> str:
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{os.cpu_count()} cores, 1 thread"
-    return (
-        f"{platform.system()} {platform.machine()}, {name}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, diffusers {version('diffusers')}"
-    )
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "1 thread"
+    return f"{machine_line()}, {name}, torch {torch.__version__}, diffusers {version('diffusers')}"
 
 
 def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:

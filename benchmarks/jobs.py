@@ -1,7 +1,7 @@
 """Batch jobs a second: the fast job core beside AccaSim, in one run on the same workload, and what it costs at scale.
 
-    python benchmarks/jobs.py --setup DIR          # makes AccaSim's own environment
-    python benchmarks/jobs.py --environments DIR   # measures; without it AccaSim is left out
+    python -m benchmarks.jobs --setup DIR          # makes AccaSim's own environment
+    python -m benchmarks.jobs --environments DIR   # measures; without it AccaSim is left out
 
 AccaSim is measured from its log to its written schedule; ours from the log to every metric. Start times are compared job by job.
 The Philly slice is read from `--philly`, or from shared/traces beside the repository.
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from benchmarks.machine import machine_line  # noqa: E402
 from sim.jobs import Jobs, JobsResult, make_jobs, simulate_jobs  # noqa: E402
 from sim.jobs.helios import read_clusters  # noqa: E402
 from sim.jobs.philly import read_philly  # noqa: E402
@@ -269,7 +268,7 @@ def curve(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that was asked for."""
     found: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine_line(),
         "beside_accasim": beside_accasim(options.jobs, options.load, options.environments),
     }
     clusters = options.philly.parent / "philly_vc.csv"
@@ -316,11 +315,6 @@ def render(found: dict[str, Any], jobs: int, load: float) -> str:
             f"{row['nodes']:9d} {row['waiting']:9d} {row['FIFO']:9.0f} {row['EASY']:9.0f}" for row in found["curve"]
         ]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """Return what it was measured on."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {platform.system()}"
 
 
 def main() -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.machine import machine_line
 from engine import profiles
 from engine.commands import CreatePod
 from engine.events import NodeJoined, TaskCancelRequested, TaskSubmitted
@@ -99,7 +98,7 @@ def main() -> None:
         ten, _ = alone(experiment, policy, 10, options.repeat)
         engine = None if options.no_engine else through_engine(experiment, policy, nodes, pods)
         rows.append({"policy": policy, "alone": one, "ten": ten, "engine": engine, "allocated": allocated})
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    machine = machine_line()
     if options.json:
         print(json.dumps({"machine": machine, "nodes": len(nodes), "rows": rows}, indent=2))
         return

@@ -1,6 +1,6 @@
 """Prints the predictor's report card, its speed, how it follows a drift, and the machine that was measured on.
 
-python benchmarks/predict.py [--trace lora_request_trace.csv] [--json FILE]
+python -m benchmarks.predict [--trace lora_request_trace.csv] [--json FILE]
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import argparse
 import heapq
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 # Beside this file lies an `engine.py`: as a script, its own folder must not come before the packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
+from benchmarks.machine import machine_line  # noqa: E402
 from engine.tasks import SECOND  # noqa: E402
 from predictors.gentd26 import SUCCEED, Row, read_rows  # noqa: E402
 from predictors.predictor import Prediction, Predictor  # noqa: E402
@@ -49,9 +48,9 @@ def main() -> None:
         print(f"  from request {start}: " + ", ".join(f"{window} {bias:+.3f}" for window, bias in biases.items()))
     parts = part_speeds(rows)
     print("\nmedian of one call: " + ", ".join(f"{name} {us:.1f} us" for name, us in parts.items()))
-    print(machine())
+    print(machine_line())
     if arguments.json is not None:
-        figures = {"card": card.to_json(), "drift": drift, "parts_us": parts, "machine": machine()}
+        figures = {"card": card.to_json(), "drift": drift, "parts_us": parts, "machine": machine_line()}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -107,19 +106,6 @@ def part_speeds(rows: list[Row]) -> dict[str, float]:
         for name, begun, ended in zip(times, marks, marks[1:], strict=False):
             times[name].append((ended - begun) * 1e6)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def machine() -> str:
-    """Return one line that names the machine."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    load = os.getloadavg()[0]
-    return f"{name}, {os.cpu_count()} cores, load {load:.1f}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Simulation speed: a whole trace through the real engine, beside a bare SimPy loop that only waits as many timeouts.
 
-Run from the repository root: ``python benchmarks/simulate.py``. Each row runs in a process of its own, because peak memory is one
+Run from the repository root: ``python -m benchmarks.simulate``. Each row runs in a process of its own, because peak memory is one
 figure per process. The bare loop is what no SimPy program can beat: as many callbacks, and nothing done in them.
 """
 
@@ -9,29 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.machine import machine_line
+
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "gentd26" / "lora_request_trace.csv"
-
-
-def machine_line() -> str:
-    """Say what this ran on."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
-    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
-    return f"{model}, {os.cpu_count()} CPUs, load {load}; {system}"
 
 
 def peak_mib() -> float:
