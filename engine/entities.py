@@ -232,11 +232,11 @@ class Claim:
 
 
 class Deployment:
-    """A model for which warm Pods are kept."""
+    """A model for which warm Pods are kept, for itself or for personalised models that share them."""
 
-    __slots__ = ("demand", "method", "model", "pods", "slots")
+    __slots__ = ("demand", "method", "model", "pods", "slots", "wanted")
 
-    def __init__(self, model: str, method: str, demand: Demand, slots: int, pods: int) -> None:
+    def __init__(self, model: str, method: str, demand: Demand, slots: int, wanted: dict[str, int]) -> None:
         self.model = model
         self.method = method
         self.demand = demand

@@ -65,6 +65,9 @@ class ModelDeployed:
     demand: Demand
     slots: int = 1
     pods: int = 1
+    adapter: str = ""
+    """The personalised model that wants them, where it shares the Pods of its base `model`: as many are kept as the one wants that
+    wants most. Empty: the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class ModelUndeployed:
 
     model: str
     method: str
+    adapter: str = ""
+    """The personalised model that wants none any more, where it shares the Pods of its base `model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,8 @@ class TaskProgressed:
     rank: int = 0
     checkpoint: str = ""
     note: str = ""
+    preview: str = ""
+    """File-store id of a small picture of what there is so far; nothing is decided by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,10 @@ class TaskFinished:
     result: str = ""
     run_us: Micros = 0
     peak_gpu_memory_bytes: int = 0
+    alone_us: Micros = 0
+    """What the run would have taken alone in its Pod, as the Pod measured; 0: it says nothing about it."""
+    company_permille: int = 0
+    """How many other tasks shared the Pod's steps with it, on average, in thousandths."""
 
 
 @dataclass(frozen=True, slots=True)

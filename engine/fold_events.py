@@ -108,17 +108,27 @@ def tenant_configured(state: State, now: Micros, e: ev.TenantConfigured) -> None
 
 
 def model_deployed(state: State, now: Micros, e: ev.ModelDeployed) -> None:
-    """Warm Pods are wanted for a model."""
+    """Warm Pods are wanted for a model, maybe by a personalised one that shares them with others."""
     state.deployed += 1
-    state.deployments[e.method, e.model] = Deployment(e.model, e.method, e.demand, e.slots, e.pods)
+    known = state.deployments.get((e.method, e.model))
+    wanted = {} if known is None else dict(known.wanted)
+    wanted[e.adapter] = e.pods
+    state.deployments[e.method, e.model] = Deployment(e.model, e.method, e.demand, e.slots, wanted)
 
 
 def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
-    """No warm Pod is kept for a model; those that are idle go in time."""
-    if state.deployments.pop((e.method, e.model), None) is None:
+    """No warm Pod is kept for a model, unless others share them; those that are idle go in time."""
+    known = state.deployments.get((e.method, e.model))
+    if known is None or e.adapter not in known.wanted:
         state.ignore(e)
     else:
-        state.deployed += 1
+        return
+    state.deployed += 1
+    wanted = dict(known.wanted)
+    del wanted[e.adapter]
+    if wanted:
+        state.deployments[e.method, e.model] = Deployment(e.model, e.method, known.demand, known.slots, wanted)
+        del state.deployments[e.method, e.model]
 
 
 def drain_requested(state: State, now: Micros, e: ev.NodeDrainRequested) -> None:

@@ -118,7 +118,7 @@ def to_data(state: State) -> Plain:
             [c.req_no, c.node.index, to_plain(c.grants), to_plain(c.demand), list(c.waits_for)]
             for c in state.claims.values()
         ],
-        "deployments": [[d.model, d.method, to_plain(d.demand), d.slots, d.pods] for d in state.deployments.values()],
+        "deployments": [_deployment(deployment) for deployment in state.deployments.values()],
         "ignored": dict(sorted(state.ignored.items())),
         "outcomes": dict(sorted((str(k), v) for k, v in state.outcomes.items())),
     }
@@ -168,6 +168,12 @@ def _task(task: Task) -> Plain:
         "values": _get(task, _TASK),
     }
 
+def _deployment(d: Deployment) -> Plain:
+    plain = [d.model, d.method, to_plain(d.demand), d.slots, d.pods]
+    # The list of who wants them is left out where it says nothing more: older builds read such snapshots, too.
+    return plain if d.wanted == {"": d.pods} else [*plain, d.wanted]
+
+
 
 def from_data(data: Plain) -> State:
     """Return the state that plain data describes."""
@@ -205,8 +211,9 @@ def from_data(data: Plain) -> State:
         claim = Claim(req_no, node, from_plain(tuple[GpuGrant, ...], grants), from_plain(Demand, demand))
         claim.waits_for = dict.fromkeys(waits_for)
         state.claims[req_no] = claim
-    for model, method, demand, slots, pods in data["deployments"]:
-        state.deployments[method, model] = Deployment(model, method, from_plain(Demand, demand), slots, pods)
+    for model, method, demand, slots, pods, *rest in data["deployments"]:
+        wanted = dict(rest[0]) if rest else {"": pods}
+        state.deployments[method, model] = Deployment(model, method, from_plain(Demand, demand), slots, wanted)
     state.ignored.update(data["ignored"])
     state.outcomes.update(data["outcomes"])
     for node in state.cluster.nodes:

@@ -113,6 +113,8 @@ class Estimate:
         """Tell whether the entry ``"*"`` is there."""
         for model, _ in self.durations:  # noqa: SIM110 - asked for every task
             if model == "*":
+    marginal_permille: int = 0
+    """How much longer a run takes for each other task in its Pod, in thousandths of the run alone; 0: unknown."""
                 return True
         return False
 
@@ -163,3 +165,8 @@ class TaskSpec:
 def is_urgent(spec: TaskSpec) -> bool:
     """Tell whether the task ranks with the urgent ones."""
     return spec.priority >= URGENT_PRIORITY
+    adapters: tuple[str, ...] = ()
+    """Personalised models (LoRA) that the task adds to the Pod's model; tasks of any adapters share the Pods of their model."""
+    urgent_slots: int = 0
+    """Where the task is urgent and a Pod of its kind is full, so many tasks more than it has slots may be in the Pod: its batch
+    sets an ordinary picture aside where it must."""

@@ -265,7 +265,9 @@ class NodeAgent:
             case m.Dispatch():
                 key = m.attempt_key(effect)
                 try:
-                    self._host.start(effect.pod, key[0], key[1], effect.parameters, effect.checkpoint, key[2])
+                    self._host.start(
+                        effect.pod, key[0], key[1], effect.parameters, effect.checkpoint, key[2], effect.terms
+                    )
                 except ValueError as error:
                     self.machine.report(now, m.Failed(*key, FailureCause.BAD_INPUT, tail(str(error))))
                 except Exception as error:

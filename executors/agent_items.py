@@ -65,6 +65,7 @@ def progress_of(report: ports.AttemptProgressed) -> m.Progress:
         total=report.total,
         checkpoint=report.checkpoint,
         note=report.note[:NOTE_CHARS],
+        preview=report.preview,
     )
 
 
@@ -77,7 +78,16 @@ def _done(report: ports.AttemptFinished) -> m.Done | m.Failed:
     if len(result) > RESULT_BYTES:
         detail = f"the result's description has {len(result)} characters, the limit is {RESULT_BYTES}; put content into files"
         return m.Failed(report.req_no, report.attempt, report.rank, FailureCause.BAD_INPUT, detail)
-    return m.Done(report.req_no, report.attempt, report.rank, result, report.run_us, report.peak_gpu_memory_bytes)
+    return m.Done(
+        report.req_no,
+        report.attempt,
+        report.rank,
+        result,
+        report.run_us,
+        report.peak_gpu_memory_bytes,
+        report.alone_us,
+        report.company_permille,
+    )
 
 
 def tail(text: str) -> str:

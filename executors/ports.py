@@ -139,6 +139,8 @@ class AttemptProgressed:
     note: str = ""
     rank: int = 0
     checkpoint: str = ""
+    preview: str = ""
+    """File id of a small picture of what there is so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,10 @@ class AttemptFinished:
     run_us: int = 0
     peak_gpu_memory_bytes: int = 0
     rank: int = 0
+    alone_us: int = 0
+    """What the run would have taken alone in its Pod, as the Pod measured; 0: it says nothing about it."""
+    company_permille: int = 0
+    """How many other attempts shared the steps with it, on average, in thousandths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +192,16 @@ class PodHost(Protocol):
         ...
 
     def start(
-        self, pod: int, req_no: str, attempt: int, parameters: Mapping[str, Any], checkpoint: str = "", rank: int = 0
+        self,
+        pod: int,
+        req_no: str,
+        attempt: int,
+        parameters: Mapping[str, Any],
+        checkpoint: str = "",
+        rank: int = 0,
+        terms: Mapping[str, Any] | None = None,
     ) -> None:
-        """Run an attempt in a Pod; AttemptStarted follows, or PodDown."""
+        """Run an attempt in a Pod; AttemptStarted follows, or PodDown. `terms` is what `executors.terms.Terms` reads."""
         ...
 
     def stop(self, req_no: str, attempt: int, grace_us: int, keep_checkpoint: bool = False) -> None:

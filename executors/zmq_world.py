@@ -29,6 +29,7 @@ from engine.protocol.controller import (
     Outstanding,
     PayloadRefused,
     Payloads,
+    TermPayloads,
 )
 from engine.tasks import FailureCause, Micros
 from executors import wire
@@ -60,6 +61,7 @@ class _CheckedPayloads:
 
     def __init__(self, inner: Payloads) -> None:
         self._inner = inner
+        self._terms = inner if isinstance(inner, TermPayloads) else None
 
     def pod(self, command: c.CreatePod) -> dict[str, object]:
         body = self._inner.pod(command)
@@ -67,8 +69,12 @@ class _CheckedPayloads:
 
     def task(self, command: c.StartTask) -> dict[str, object]:
         body = self._inner.task(command)
-        order = m.Dispatch(command.req_no, command.attempt, command.rank, command.pod, body, command.checkpoint)
+        key = (command.req_no, command.attempt, command.rank)
+        order = m.Dispatch(*key, command.pod, body, command.checkpoint, self.terms(command))
         return self._checked(body, order, f"the parameters of task {command.req_no}")
+
+    def terms(self, command: c.StartTask) -> dict[str, object]:
+        return self._terms.terms(command) if self._terms is not None else {}
 
     def prefetch(self, command: c.PrefetchModel) -> dict[str, object]:
         body = self._inner.prefetch(command)

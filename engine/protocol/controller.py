@@ -16,11 +16,11 @@ from engine import commands as c
 from engine import events as e
 from engine.protocol import messages as m
 from engine.protocol.link import ExpectedAttempt, ExpectedPod, Link, Stage, create_order
-from engine.protocol.outside import NodeStatus, Outstanding, PayloadRefused, Payloads
+from engine.protocol.outside import NodeStatus, Outstanding, PayloadRefused, Payloads, TermPayloads
 from engine.protocol.reports import event_of
 from engine.tasks import NEVER, SECOND, FailureCause, Micros
 
-__all__ = ["Controller", "NodeStatus", "Outstanding", "PayloadRefused", "Payloads"]
+__all__ = ["Controller", "NodeStatus", "Outstanding", "PayloadRefused", "Payloads", "TermPayloads"]
 
 LEASE_US: Micros = 10 * SECOND
 MARGIN_US: Micros = 3 * SECOND
@@ -59,6 +59,7 @@ class Controller:
         self.repeated = 0
         """Reports of what had already ended, and of kinds unknown here."""
         self._payloads = payloads
+        self._terms = payloads if isinstance(payloads, TermPayloads) else None
         self._lease_us, self._margin_us, self._heartbeat_us = lease_us, margin_us, heartbeat_us
         self._sweep_us = sweep_us
         self._next_sweep: Micros = NEVER
@@ -153,7 +154,14 @@ class Controller:
                 if key in link.attempts:
                     req_no, attempt, rank = key
                     progressed = e.TaskProgressed(
-                        req_no, attempt, message.done, message.total, rank, message.checkpoint, message.note
+                        req_no,
+                        attempt,
+                        message.done,
+                        message.total,
+                        rank,
+                        message.checkpoint,
+                        message.note,
+                        message.preview,
                     )
                     if message.checkpoint and message.checkpoint != link.attempts[key].checkpoint:
                         # What can be resumed must be known before the report that ends the attempt, maybe in this very batch.
@@ -275,10 +283,11 @@ class Controller:
             return
         try:
             parameters = self._payloads.task(command)
+            terms = self._terms.terms(command) if self._terms is not None else {}
         except PayloadRefused as refused:
             self._events.append(e.TaskFailed(key[0], key[1], refused.cause, key[2], refused.detail))
             return
-        order = m.Dispatch(*key, command.pod, parameters, command.checkpoint)
+        order = m.Dispatch(*key, command.pod, parameters, command.checkpoint, terms)
         link.attempts[key] = ExpectedAttempt(order)
         self._order(link, order)
 

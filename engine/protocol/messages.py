@@ -139,6 +139,8 @@ class Done:
     peak_gpu_memory_bytes: int = 0
 
 
+    alone_us: int = 0
+    company_permille: int = 0
 @dataclass(frozen=True, slots=True)
 class Failed:
     """FAILED: the attempt failed, its Pod lives."""
@@ -251,6 +253,7 @@ class Progress:
     note: str = ""
 
 
+    preview: str = ""
 @dataclass(frozen=True, slots=True)
 class Drain:
     """DRAIN: the node wants to leave; start nothing new on it."""

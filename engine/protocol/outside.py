@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine import commands as c
 from engine.protocol.link import Stage
@@ -32,6 +32,15 @@ class Payloads(Protocol):
 
     def prefetch(self, command: c.PrefetchModel) -> dict[str, object]:
         """Return the resolved model to bring to a node's cache; raises PayloadRefused."""
+        ...
+
+
+@runtime_checkable
+class TermPayloads(Payloads, Protocol):
+    """Payloads that also say what a Pod must know beside the parameters."""
+
+    def terms(self, command: c.StartTask) -> dict[str, object]:
+        """Return the terms of an attempt (resolved adapters, priority); raises PayloadRefused."""
         ...
 
 

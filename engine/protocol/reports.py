@@ -17,7 +17,14 @@ def event_of(link: Link, item: m.Report) -> e.Event | None:
         case m.Done():
             if link.attempts.pop(m.attempt_key(item), None) is not None:
                 return e.TaskFinished(
-                    item.req_no, item.attempt, item.rank, item.result, item.run_us, item.peak_gpu_memory_bytes
+                    item.req_no,
+                    item.attempt,
+                    item.rank,
+                    item.result,
+                    item.run_us,
+                    item.peak_gpu_memory_bytes,
+                    item.alone_us,
+                    item.company_permille,
                 )
         case m.Failed():
             if link.attempts.pop(m.attempt_key(item), None) is not None:

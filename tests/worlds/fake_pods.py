@@ -52,7 +52,14 @@ class FakePodHost:
         self._say(ports.PodUp(order.pod, 1))
 
     def start(
-        self, pod: int, req_no: str, attempt: int, parameters: Mapping[str, Any], checkpoint: str = "", rank: int = 0
+        self,
+        pod: int,
+        req_no: str,
+        attempt: int,
+        parameters: Mapping[str, Any],
+        checkpoint: str = "",
+        rank: int = 0,
+        terms: Mapping[str, Any] | None = None,
     ) -> None:
         self.started.append((req_no, attempt))
         self.running[(req_no, attempt, rank)] = (
