@@ -241,7 +241,10 @@ class Deployment:
         self.method = method
         self.demand = demand
         self.slots = slots
-        self.pods = pods
+        self.wanted = wanted
+        """Pods wanted, by personalised model; by "" for the model itself."""
+        self.pods = max(wanted.values(), default=0)
+        """As many as the one wants that wants most: they share them."""
 
 
 class Task:

@@ -121,7 +121,6 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
     known = state.deployments.get((e.method, e.model))
     if known is None or e.adapter not in known.wanted:
         state.ignore(e)
-    else:
         return
     state.deployed += 1
     wanted = dict(known.wanted)
@@ -129,6 +128,7 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
     if wanted:
         state.deployments[e.method, e.model] = Deployment(e.model, e.method, known.demand, known.slots, wanted)
         del state.deployments[e.method, e.model]
+    else:
 
 
 def drain_requested(state: State, now: Micros, e: ev.NodeDrainRequested) -> None:

@@ -160,13 +160,13 @@ class TaskSpec:
     features: tuple[tuple[str, str | int | float], ...] = ()
     """Sorted (name, value) pairs the forecaster keys on: images, steps, width, height, loras, user ..."""
     preemptible: bool = True
-
-
-def is_urgent(spec: TaskSpec) -> bool:
-    """Tell whether the task ranks with the urgent ones."""
-    return spec.priority >= URGENT_PRIORITY
     adapters: tuple[str, ...] = ()
     """Personalised models (LoRA) that the task adds to the Pod's model; tasks of any adapters share the Pods of their model."""
     urgent_slots: int = 0
     """Where the task is urgent and a Pod of its kind is full, so many tasks more than it has slots may be in the Pod: its batch
     sets an ordinary picture aside where it must."""
+
+
+def is_urgent(spec: TaskSpec) -> bool:
+    """Tell whether the task ranks with the urgent ones."""
+    return spec.priority >= URGENT_PRIORITY

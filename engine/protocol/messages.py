@@ -67,6 +67,8 @@ class Dispatch:
     pod: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    """What the Pod must know beside the parameters (resolved adapters, priority); opaque here as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +139,10 @@ class Done:
     result: str = ""
     run_us: int = 0
     peak_gpu_memory_bytes: int = 0
-
-
     alone_us: int = 0
     company_permille: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """FAILED: the attempt failed, its Pod lives."""
@@ -251,9 +253,9 @@ class Progress:
     total: int
     checkpoint: str = ""
     note: str = ""
-
-
     preview: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Drain:
     """DRAIN: the node wants to leave; start nothing new on it."""
