@@ -9,6 +9,7 @@ from engine import agenda
 from engine import events as ev
 from engine.entities import Deployment, Gpu, Node, Pod, Task
 from engine.errors import InvalidEvent
+from engine.faults import GPU_FAULTS, forget_faults, note_fault, note_success, recall_faults
 from engine.fold_tasks import (
     end_attempt,
     end_rank,
@@ -155,6 +156,8 @@ def _set_drain(state: State, event: ev.Event, name: str, uuid: str | None, drain
                 unbind_group(state, group)
     else:
         node.by_uuid[uuid].drained = drain
+    if uuid is not None and state.faults:
+        forget_faults(state, name, uuid)
     _touch(state, node)
     return True
 
@@ -185,6 +188,8 @@ def node_joined(state: State, now: Micros, e: ev.NodeJoined) -> None:
         node.draining = node.cordoned
         state.cluster.describe(node, e.node)
         _doom_pods(state, node)
+        if state.faults:
+            recall_faults(state, now, node)
     for number in e.pods:
         if number not in node.pods:
             state.agenda.append((agenda.ORPHAN, number))
@@ -214,6 +219,8 @@ def node_reported(state: State, now: Micros, e: ev.NodeReported) -> None:
         ),
     )
     _doom_pods(state, node)
+    if state.faults:
+        recall_faults(state, now, node)
     _touch(state, node)
 
 
@@ -284,6 +291,8 @@ def pod_gone(state: State, now: Micros, pod: Pod, cause: FailureCause, detail: s
     state.watch.pod_changed(pod)
     if pod.doomed is not None:
         cause = pod.doomed
+    if cause in GPU_FAULTS and note_fault(state, now, pod.node, pod.grants, f"pod {pod.number}"):
+        _touch(state, pod.node)
     for req_no, rank in list(pod.tasks.items()):
         task = state.tasks[req_no]
         del pod.tasks[req_no]
@@ -349,6 +358,10 @@ def task_finished(state: State, now: Micros, e: ev.TaskFinished) -> None:
     task = _attempt(state, e)
     if task is None:
         return
+    if state.faults:
+        pod = state.pods.get(task.pods[e.rank])
+        if pod is not None:
+            note_success(state, pod.node, pod.grants)
     release_rank(state, task, e.rank, now)
     bit = 1 << e.rank
     task.live &= ~bit
@@ -373,7 +386,10 @@ def task_failed(state: State, now: Micros, e: ev.TaskFailed) -> None:
     task = _attempt(state, e)
     if task is None:
         return
-    fail(task, e.cause, e.detail, state.pods.get(task.pods[e.rank]), e.peak_gpu_memory_bytes)
+    pod = state.pods.get(task.pods[e.rank])
+    fail(task, e.cause, e.detail, pod, e.peak_gpu_memory_bytes)
+    if e.cause in GPU_FAULTS and pod is not None and note_fault(state, now, pod.node, pod.grants, e.req_no):
+        _touch(state, pod.node)
     end_rank(state, task, e.rank, now)
 
 

@@ -45,6 +45,10 @@ class Limits:
     wakeup_us: Micros = 1_000
     """The engine asks for no wakeup sooner than this."""
     gang_members: int = 1_024
+    gpu_faults: int = 3
+    """A GPU that fails so many pieces of work in a row is cordoned."""
+    gpu_faults_us: Micros = 900 * SECOND
+    """Faults longer ago than this do not count."""
     models_per_node: int = 64
     """Model names remembered per node as probably in its cache."""
 

@@ -121,6 +121,16 @@ def to_data(state: State) -> Plain:
         "deployments": [_deployment(deployment) for deployment in state.deployments.values()],
         "ignored": dict(sorted(state.ignored.items())),
         "outcomes": dict(sorted((str(k), v) for k, v in state.outcomes.items())),
+        **_faults(state),
+    }
+
+
+def _faults(state: State) -> dict[str, Plain]:
+    """Nothing where no GPU has failed, as in snapshots from before faults were counted."""
+    if not state.faults:
+        return {}
+    return {
+        "faults": [[node, gpu, [list(fault) for fault in seen]] for (node, gpu), seen in sorted(state.faults.items())]
     }
 
 
@@ -216,6 +226,8 @@ def from_data(data: Plain) -> State:
         state.deployments[method, model] = Deployment(model, method, from_plain(Demand, demand), slots, wanted)
     state.ignored.update(data["ignored"])
     state.outcomes.update(data["outcomes"])
+    for name, gpu_uuid, seen in data.get("faults", []):
+        state.faults[name, gpu_uuid] = [(at, source) for at, source in seen]
     for node in state.cluster.nodes:
         state.cluster.put(node)
     return state

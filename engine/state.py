@@ -102,6 +102,8 @@ class State:
         """Admitted tasks in PENDING or BACKOFF."""
         self.placed = 0
         """Attempts begun and rooms claimed so far; says whose turn it is between aged and urgent tasks."""
+        self.faults: dict[tuple[str, str], list[tuple[Micros, str]]] = {}
+        """(node, GPU) -> when its latest faults were and who saw them (`engine.faults`)."""
         self.deployed = 0
         """Grows when a deployment changes."""
         self.agenda: list[tuple[int, object]] = []

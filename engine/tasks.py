@@ -79,9 +79,15 @@ class FailureCause(StrEnum):
     POD_LOST = "pod_lost"
     TIMED_OUT = "timed_out"
     GPU_LOST = "gpu_lost"
+    HUNG = "hung"
+    """No step came within the time that steps take; its Pod was killed."""
+    NOT_FINITE = "not_finite"
+    """The numbers overflowed or were none: the model in this precision, or the device."""
 
 
 NOT_RETRYABLE = frozenset({FailureCause.BAD_INPUT, FailureCause.MODEL_MISSING})
+LAST_ATTEMPT: dict[FailureCause, int] = {FailureCause.NOT_FINITE: 2}
+"""Cause -> the attempt that is the last when it fails so, whatever the task allows: once more may help, more often does not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ _OUTCOMES = {
     FailureCause.POD_LOST: Outcome.LOST,
     FailureCause.TIMED_OUT: Outcome.TIMED_OUT,
     FailureCause.GPU_LOST: Outcome.LOST,
+    FailureCause.HUNG: Outcome.LOST,
+    FailureCause.NOT_FINITE: Outcome.FAILED,
 }
 
 

@@ -14,7 +14,7 @@ from engine.levels.ordering import AGED, ORDINARY
 from engine.making import notify
 from engine.reasons import Reason
 from engine.stopping import stop
-from engine.tasks import NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
+from engine.tasks import LAST_ATTEMPT, NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
 from engine.turn import Turn
 
 _STARTED = (TaskState.STARTING, TaskState.RUNNING)
@@ -91,7 +91,7 @@ def _ended(turn: Turn, task: Task) -> None:
     if cause in NOT_RETRYABLE:
         turn.tell(task, TaskState.DEAD, Reason.NOT_RETRYABLE, why)
         return
-    attempts = min(task.spec.max_attempts, turn.limits.attempts)
+    attempts = min(task.spec.max_attempts, turn.limits.attempts, LAST_ATTEMPT.get(cause, turn.limits.attempts))
     if task.failures + 1 >= attempts:
         turn.tell(task, TaskState.DEAD, Reason.ATTEMPTS_USED, f"in the last of {attempts} attempts: {why}")
         return
