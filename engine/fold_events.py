@@ -128,8 +128,8 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
     del wanted[e.adapter]
     if wanted:
         state.deployments[e.method, e.model] = Deployment(e.model, e.method, known.demand, known.slots, wanted)
-        del state.deployments[e.method, e.model]
     else:
+        del state.deployments[e.method, e.model]
 
 
 def drain_requested(state: State, now: Micros, e: ev.NodeDrainRequested) -> None:

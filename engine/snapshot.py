@@ -168,6 +168,12 @@ def _pod(pod: Pod) -> Plain:
     }
 
 
+def _deployment(d: Deployment) -> Plain:
+    plain = [d.model, d.method, to_plain(d.demand), d.slots, d.pods]
+    # The list of who wants them is left out where it says nothing more: older builds read such snapshots, too.
+    return plain if d.wanted == {"": d.pods} else [*plain, d.wanted]
+
+
 def _task(task: Task) -> Plain:
     return {
         "spec": to_plain(task.spec),
@@ -177,12 +183,6 @@ def _task(task: Task) -> Plain:
         "pods": task.pods,
         "values": _get(task, _TASK),
     }
-
-def _deployment(d: Deployment) -> Plain:
-    plain = [d.model, d.method, to_plain(d.demand), d.slots, d.pods]
-    # The list of who wants them is left out where it says nothing more: older builds read such snapshots, too.
-    return plain if d.wanted == {"": d.pods} else [*plain, d.wanted]
-
 
 
 def from_data(data: Plain) -> State:

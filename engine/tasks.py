@@ -113,14 +113,14 @@ class Estimate:
     """P99 of peak memory per GPU; 0 when unknown (then the demand's own figure holds)."""
     failure_ppm: int = 0
     """Chance of failure in parts per million."""
+    marginal_permille: int = 0
+    """How much longer a run takes for each other task in its Pod, in thousandths of the run alone; 0: unknown."""
 
     @property
     def serves_every_model(self) -> bool:
         """Tell whether the entry ``"*"`` is there."""
         for model, _ in self.durations:  # noqa: SIM110 - asked for every task
             if model == "*":
-    marginal_permille: int = 0
-    """How much longer a run takes for each other task in its Pod, in thousandths of the run alone; 0: unknown."""
                 return True
         return False
 
