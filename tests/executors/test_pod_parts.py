@@ -161,8 +161,15 @@ def cache(tmp_path: Path, store: ObjectFileStore) -> ModelCache:
     return ModelCache(tmp_path / "cache", store.url, tmp_path / "bases", cache_max_bytes=3000)
 
 
+def _weights(letter: str, size: int = 1000) -> bytes:
+    """A safetensors file of this size that ends with its letter."""
+    room = size - 8 - 96
+    header = json.dumps({"w": {"dtype": "U8", "shape": [room], "data_offsets": [0, room]}}).encode().ljust(96)
+    return len(header).to_bytes(8, "little") + header + letter.encode() * room
+
+
 def _adapter(store: ObjectFileStore, letter: str, size: int = 1000) -> dict[str, str]:
-    return {"adapter.safetensors": store.put_bytes(letter.encode() * size).file_id}
+    return {"adapter.safetensors": store.put_bytes(_weights(letter, size)).file_id}
 
 
 def test_a_base_model_is_found_by_its_path_below_the_models_directory(cache: ModelCache, tmp_path: Path) -> None:
@@ -193,7 +200,7 @@ def test_an_adapter_is_fetched_once_and_checked(cache: ModelCache, store: Object
     model = {"id": "dog", "base": "sd15", "adapter": _adapter(store, "a")}
     cache.prefetch(model)
     [directory] = [path for path in cache.cache_dir.iterdir() if path.is_dir()]
-    assert (directory / "adapter.safetensors").read_bytes() == b"a" * 1000
+    assert (directory / "adapter.safetensors").read_bytes() == _weights("a")
     store.delete(model["adapter"]["adapter.safetensors"])
     cache.prefetch(model)
 
@@ -203,7 +210,7 @@ def test_an_adapter_that_is_absent_corrupt_or_oddly_named_is_missing(
 ) -> None:
     spoiled = _adapter(store, "s")
     file_id = spoiled["adapter.safetensors"]
-    (tmp_path / "files" / "sha256" / file_id[:2] / file_id).write_bytes(b"s" * 999 + b"x")
+    (tmp_path / "files" / "sha256" / file_id[:2] / file_id).write_bytes(_weights("s")[:-1] + b"x")
     for adapter in ({"a.bin": "0" * 64}, {"a.bin": "no id"}, {"../a": "0" * 64}, {".hidden": "0" * 64}, spoiled):
         with pytest.raises(ModelMissing, match=r"model\.adapter"):
             cache.resolve({"id": "x", "base": "sd15", "adapter": adapter})
@@ -217,7 +224,7 @@ def test_the_cache_evicts_the_least_recently_used_but_nothing_that_is_held(
 
     def present() -> str:
         contents = [next(path.iterdir()).read_bytes() for path in cache.cache_dir.iterdir() if path.is_dir()]
-        return "".join(sorted(content[:1].decode() for content in contents))
+        return "".join(sorted(content[-1:].decode() for content in contents))
 
     def fetch(letter: str) -> None:
         cache.prefetch({"id": letter, "base": "sd15", "adapter": adapters[letter]})

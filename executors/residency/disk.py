@@ -1,0 +1,408 @@
+"""The disk tier of a node: fetched models in one directory, shared by the agent and every Pod, and whole at every moment.
+
+A model is a directory named by what it holds (the SHA-256 over its files' names and content addresses). It is fetched aside,
+checked, synced and renamed, so a crash leaves whole models or none. A lock file for each makes many fetches of one model a single
+one and keeps what a process uses from being evicted; the kernel gives locks back however a process ends. `ledger.json` remembers
+sizes, uses and costs; it is a memory, not the truth: without it the directories are taken in as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+from executors.dfs import CorruptFile, ObjectFileStore, open_store
+from executors.methods.base import ModelMissing
+from executors.residency import records
+from executors.residency.records import Kept, Shelf
+from executors.residency.weights import check_finite, check_name, inspect
+
+RESERVE_BYTES: Final = 1 << 30
+"""Disk space that a fetch leaves free for others."""
+MAX_FILES: Final = 64
+"""Files of one model."""
+MAX_IDS: Final = 64
+"""Names under which one set of files is known."""
+MAX_QUICK_USES: Final = 1_000
+_LOCK, _PART = ".lock", ".part"
+_Leases = dict[tuple[str, str], "_Lease"]
+
+
+class NoRoom(OSError):
+    """The disk has no room for a model; another node may have."""
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A model that this process uses: the open lock, and how many times it was taken."""
+
+    lock: IO[bytes]
+    count: int = 1
+
+
+_LEASES: _Leases = {}
+"""Of this process, by directory and key; a process that ends gives its locks back."""
+_LEASING: Final = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """A model that lies in the tier."""
+
+    model_ids: tuple[str, ...]
+    size_bytes: int
+    pinned: bool
+    directory: Path
+
+
+class DiskTier:
+    """The fetched models of a node. Every process of the node may open it, and any thread may use it."""
+
+    def __init__(self, root: Path, store_url: str, budget_bytes: int) -> None:
+        self.root = root
+        self._store_url = store_url
+        self._budget_bytes = budget_bytes
+        self._store: ObjectFileStore | None = None
+        self._quick_uses: dict[str, int] = {}
+        """Uses of models that this process held already: they are noted with the next change of the ledger."""
+
+    # --- what is needed now -------------------------------------------------------------------------------------------
+
+    def fetch(self, model_id: str, files: Mapping[str, str], *, hold: bool = True, ahead: bool = False) -> Path:
+        """Return a directory that holds these files (name -> file id), checked; many calls for one model are one fetch.
+
+        With `hold` it stays until `release`, or until this process ends. A model fetched `ahead` of need must fit the budget; one
+        that is needed now is fetched all the same and goes as soon as nobody holds it. Raises ModelMissing with the reason, NoRoom.
+        """
+        key = key_of(files)
+        if hold and self._hold_again(key):
+            return self.root / key
+        self.root.mkdir(parents=True, exist_ok=True)
+        while not self._fetched(key, model_id, files, hold=hold, ahead=ahead):
+            pass
+        return self.root / key
+
+    def release(self, files: Mapping[str, str]) -> None:
+        """Let go of a model once; raises ValueError when this process does not hold it."""
+        name = (str(self.root), key_of(files))
+        with _LEASING:
+            lease = _LEASES.get(name)
+            if lease is None:
+                raise ValueError(f"the model in {self.root}/{name[1]} is released more often than it was held")
+            lease.count -= 1
+            if lease.count == 0:
+                del _LEASES[name]
+                lease.lock.close()
+
+    # --- what should stay -----------------------------------------------------------------------------------------------
+
+    def pin(self, model_id: str) -> None:
+        """Keep a model from now on, also one that is fetched later; pinning twice is pinning once."""
+        with self._session() as shelf:
+            shelf.pin(model_id)
+
+    def unpin(self, model_id: str) -> None:
+        """Let a model be evicted like others."""
+        with self._session() as shelf:
+            shelf.unpin(model_id)
+
+    def drop(self, model_id: str) -> int:
+        """Unpin a model and remove its files unless somebody holds them; returns how many bytes that freed."""
+        freed = 0
+        with self._session() as shelf:
+            shelf.unpin(model_id)
+            for key in shelf.keys_of(model_id):
+                size = shelf.size_of(key)
+                if self._remove(key):
+                    shelf.ledger.drop(key)
+                    shelf.forget(key)
+                    freed += size
+        return freed
+
+    # --- what is there ----------------------------------------------------------------------------------------------------
+
+    def on_disk(self) -> tuple[OnDisk, ...]:
+        """Return the models that are here and whole, the last used one first."""
+        shelf = self._read()
+        keys = sorted((key for key in shelf.ledger if (self.root / key).is_dir()), key=shelf.last_use, reverse=True)
+        return tuple(OnDisk(shelf.ids(key), shelf.size_of(key), shelf.is_pinned(key), self.root / key) for key in keys)
+
+    def counts(self) -> Mapping[str, int]:
+        """Return what happened in this tier since it was made, and what lies in it now, by name."""
+        shelf = self._read()
+        counts = shelf.ledger.counts
+        return {
+            "hits": counts.hits,
+            "misses": counts.misses,
+            "evictions": counts.evictions,
+            "refusals": counts.refusals,
+            "bytes_in": counts.bytes_in,
+            "bytes_evicted": counts.bytes_evicted,
+            "bytes": shelf.ledger.used_bytes,
+            "budget_bytes": self._budget_bytes,
+            "models": len(shelf.ledger),
+        }
+
+    # --- fetching ---------------------------------------------------------------------------------------------------------
+
+    def _fetched(self, key: str, model_id: str, files: Mapping[str, str], *, hold: bool, ahead: bool) -> bool:
+        """Fetch and hold; False when somebody removed the model while the lock was exchanged for one that may be shared."""
+        lock = self._locked(key)
+        held = False
+        try:
+            if not self._use(key, model_id):
+                self._bring(key, model_id, files, ahead=ahead)
+            if hold:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if not self._is_current(key, lock) or not (self.root / key).is_dir():
+                    return False
+                self._keep(key, lock)
+                held = True
+        finally:
+            if not held:
+                lock.close()
+        return True
+
+    def _use(self, key: str, model_id: str) -> bool:
+        """Note a use of what is here and whole; False when it is to be fetched. The key's lock is held."""
+        with self._session() as shelf:
+            if not shelf.is_whole(key, self.root / key):
+                shelf.ledger.drop(key)
+                shelf.forget(key)
+                shutil.rmtree(self.root / key, ignore_errors=True)
+            shelf.ledger.use(key)
+            if not (self.root / key).is_dir():
+                return False
+            shelf.name(key, model_id, MAX_IDS)
+        os.utime(self.root / key)
+        return True
+
+    def _bring(self, key: str, model_id: str, files: Mapping[str, str], *, ahead: bool) -> None:
+        """Fetch what is absent. The key's lock is held, so this happens once; the room is taken before the first byte comes."""
+        sizes = self._sizes(files)
+        total = sum(sizes.values())
+        with self._session() as shelf:
+            kept = self._make_room(shelf, key, total)
+            if kept:
+                shelf.add(key, Kept((model_id,), tuple(sorted(sizes.items()))))
+        if ahead and not kept:
+            raise NoRoom(
+                f"model {model_id[:200]!r}: its {total} bytes find no room in the {self._budget_bytes} of {self.root} among "
+                "what is pinned or in use; unpin models or raise the budget"
+            )
+        began = time.monotonic()
+        try:
+            self._check_free(model_id, total)
+            self._download(key, files)
+        except BaseException:
+            with self._session() as shelf:
+                shelf.ledger.drop(key)
+                shelf.forget(key)
+            raise
+        if kept:
+            with self._session() as shelf:
+                shelf.ledger.learn(key, round((time.monotonic() - began) * 1e6))
+
+    def _sizes(self, files: Mapping[str, str]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for name, file_id in files.items():
+            try:
+                found = self._open_store().stat(file_id)
+            except ValueError as error:
+                raise ModelMissing(f"model.adapter: {error}") from error
+            if found is None:
+                raise ModelMissing(
+                    f"model.adapter: {name!r} is not in the file store (file {file_id[:80]}); train or upload the model again"
+                )
+            sizes[name] = found.size_bytes
+        return sizes
+
+    def _check_free(self, model_id: str, size_bytes: int) -> None:
+        free = shutil.disk_usage(self.root).free
+        if free < size_bytes + RESERVE_BYTES:
+            raise NoRoom(
+                f"model {model_id[:200]!r}: its {size_bytes} bytes do not fit the disk of {self.root}, where {free} are free and "
+                f"{RESERVE_BYTES} stay so; free some space"
+            )
+
+    def _download(self, key: str, files: Mapping[str, str]) -> None:
+        for left in self.root.glob(f".{key}.*{_PART}"):
+            shutil.rmtree(left, ignore_errors=True)  # By a process that was killed; nobody else fetches this model now.
+        partial = self.root / f".{key}.{secrets.token_hex(4)}{_PART}"
+        partial.mkdir()
+        try:
+            for name, file_id in sorted(files.items()):
+                path = self._open_store().fetch(file_id, partial / name)
+                if path.suffix.lower() == ".safetensors":
+                    check_finite(inspect(path))
+                _sync(path)
+            _sync(partial)
+            partial.rename(self.root / key)
+            _sync(self.root)
+        except FileNotFoundError as error:
+            raise ModelMissing(
+                f"model.adapter: a file is not in the file store ({error}); train or upload the model again"
+            ) from error
+        except CorruptFile as error:
+            raise ModelMissing(f"model.adapter: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _open_store(self) -> ObjectFileStore:
+        if self._store is None:
+            self._store = open_store(self._store_url)
+        return self._store
+
+    # --- room -------------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, shelf: Shelf, key: str, size_bytes: int) -> bool:
+        """Evict until there is room, and take it; False when all the rest is pinned or in use."""
+        while True:
+            going = shelf.ledger.plan(size_bytes)
+            if going is None:
+                break
+            busy = [each for each in going if not self._is_free(each)]
+            if not busy:
+                busy = [each for each in going if not self._evict(shelf, each)]
+            if not busy:
+                break
+            for each in busy:
+                shelf.ledger.hold(each)
+        return shelf.ledger.admit(key, size_bytes) is not None
+
+    def _evict(self, shelf: Shelf, key: str) -> bool:
+        if not self._remove(key):
+            return False
+        shelf.ledger.evict(key)
+        shelf.forget(key)
+        return True
+
+    def _is_free(self, key: str) -> bool:
+        with self._open_lock(key) as lock:
+            return _try(lock)
+
+    def _remove(self, key: str) -> bool:
+        """Remove a model's files and its lock unless somebody holds them."""
+        with self._open_lock(key) as lock:
+            if not _try(lock):
+                return False
+            shutil.rmtree(self.root / key, ignore_errors=True)
+            (self.root / f"{key}{_LOCK}").unlink(missing_ok=True)
+            return True
+
+    def _open_lock(self, key: str) -> IO[bytes]:
+        return (self.root / f"{key}{_LOCK}").open("ab")
+
+    def _locked(self, key: str) -> IO[bytes]:
+        """Return the key's lock, held by this open file alone; it may have been removed while it was waited for."""
+        while True:
+            lock = self._open_lock(key)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._is_current(key, lock):
+                return lock
+            lock.close()
+
+    def _is_current(self, key: str, lock: IO[bytes]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), (self.root / f"{key}{_LOCK}").stat())
+        except FileNotFoundError:
+            return False
+
+    def _hold_again(self, key: str) -> bool:
+        with _LEASING:
+            lease = _LEASES.get((str(self.root), key))
+            if lease is None:
+                return False
+            lease.count += 1
+            self._quick_uses[key] = self._quick_uses.get(key, 0) + 1
+            return True
+
+    def _keep(self, key: str, lock: IO[bytes]) -> None:
+        with _LEASING:
+            lease = _LEASES.get((str(self.root), key))
+            if lease is None:
+                _LEASES[str(self.root), key] = _Lease(lock)
+            else:
+                lease.count += 1
+                lock.close()
+
+    # --- the ledger on disk -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session(self) -> Iterator[Shelf]:
+        """Read the ledger, let it be changed by one process at a time, and write it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "ledger.lock").open("ab") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            shelf = self._read()
+            self._sweep(shelf)
+            with _LEASING:
+                quick, self._quick_uses = self._quick_uses, {}
+            for key, times in quick.items():
+                for _ in range(min(times, MAX_QUICK_USES)):
+                    shelf.ledger.use(key)
+            yield shelf
+            scratch = self.root / "ledger.new"
+            scratch.write_text(json.dumps(shelf.to_json(), separators=(",", ":")), encoding="utf-8")
+            scratch.replace(self.root / "ledger.json")
+
+    def _read(self) -> Shelf:
+        try:
+            fields: Any = json.loads((self.root / "ledger.json").read_text(encoding="utf-8"))
+            return Shelf.from_json(fields, self._budget_bytes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return records.adopted(self._models(), self._budget_bytes)
+
+    def _models(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        return [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+    def _sweep(self, shelf: Shelf) -> None:
+        """Make the ledger and the directory agree: what a crash left on one side only goes, unless somebody is at work on it."""
+        present = {path.name for path in self._models()}
+        for key in [key for key in shelf.ledger if key not in present]:
+            if self._remove(key):
+                shelf.ledger.drop(key)
+                shelf.forget(key)
+        for key in present:
+            if key not in shelf.ledger:
+                self._remove(key)
+        for key in shelf.ledger.overflow():  # The budget was lowered.
+            self._evict(shelf, key)
+
+
+def key_of(files: Mapping[str, str]) -> str:
+    """Return the name of a set of files (name -> file id) on a node's disk; raises ModelMissing when a name is none."""
+    if not 1 <= len(files) <= MAX_FILES:
+        raise ModelMissing(f"model.adapter: {len(files)} files; a model has from 1 to {MAX_FILES}")
+    for name in files:
+        check_name(name, "model.adapter")
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+
+
+def _try(lock: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
