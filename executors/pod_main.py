@@ -18,11 +18,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.tasks import NOT_RETRYABLE, FailureCause
+from engine.tasks import NOT_RETRYABLE, URGENT_PRIORITY, FailureCause
 from executors.limits import limit_this_process
 from executors.pod_wire import Frames, encode
 
@@ -66,6 +66,14 @@ class Order:
     key: Key
     parameters: Mapping[str, Any]
     checkpoint: str
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    """What `executors.terms.Terms` reads."""
+
+    @property
+    def priority(self) -> int:
+        """How urgent it is; nonsense counts as ordinary until whoever runs it names the fault."""
+        given = self.terms.get("priority", 0)
+        return given if isinstance(given, int) else 0
 
     @property
     def directory_name(self) -> str:
@@ -132,15 +140,23 @@ class Orders:
         finally:
             os.killpg(0, signal.SIGKILL)
 
-    def next(self) -> Order | None:
-        """Wait for an attempt to run; None when the Pod is to end. Whoever takes one says when it is `over`."""
+    def next(self, *, urgent: bool = False) -> Order | None:
+        """Wait for an attempt to run, the most urgent first; None when the Pod is to end. Whoever takes one says when it is `over`.
+
+        With `urgent`, only urgent ones are taken.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ending)
-            if self._ending:
+            self._changed.wait_for(lambda: self._ending or self._best(urgent) is not None)
+            order = self._best(urgent)
+            if self._ending or order is None:
                 return None
-            order = self._waiting.popleft()
+            self._waiting.remove(order)
             self._running[order.key] = _Running()
             return order
+
+    def _best(self, urgent: bool) -> Order | None:
+        best = max(self._waiting, key=lambda order: order.priority, default=None)
+        return best if best is not None and (not urgent or best.priority >= URGENT_PRIORITY) else None
 
     def over(self, key: Key) -> None:
         """Forget a running attempt: its end has been reported."""
@@ -168,7 +184,9 @@ class Orders:
             match message["op"]:
                 case "start":
                     key = (message["req_no"], message["attempt"], message["rank"])
-                    self._waiting.append(Order(key, message["parameters"], message["checkpoint"]))
+                    self._waiting.append(
+                        Order(key, message["parameters"], message["checkpoint"], message.get("terms") or {})
+                    )
                 case "stop":
                     self._stop_attempts(message["req_no"], message["attempt"], message["keep_checkpoint"])
                 case "end":
@@ -220,9 +238,9 @@ def run_pod(end: socket.socket) -> int:
     return 0
 
 
-def _run_one_by_one(attempts: Attempts, orders: Orders) -> bool:
+def _run_one_by_one(attempts: Attempts, orders: Orders, *, urgent: bool = False) -> bool:
     """Run attempts until the Pod is to end; False when the process is of no use any more."""
-    while (order := orders.next()) is not None:
+    while (order := orders.next(urgent=urgent)) is not None:
         sound = attempts.run(order)
         orders.over(order.key)
         if not sound:
@@ -231,24 +249,28 @@ def _run_one_by_one(attempts: Attempts, orders: Orders) -> bool:
 
 
 def _run_together(attempts: Attempts, orders: Orders, slots: int) -> bool:
-    """Run up to `slots` attempts at once, a thread each, and do the device's work for them in this thread."""
-    sound = [True] * slots
+    """Run up to `slots` attempts at once, a thread each, and do the device's work for them in this thread.
+
+    Where all threads are taken as many urgent attempts more may run: the batch sets ordinary pictures aside for them if it must.
+    """
+    threads = slots * 2
+    sound = [True] * threads
     at_work = threading.Semaphore(0)
 
     def run(slot: int) -> None:
         try:
-            sound[slot] = _run_one_by_one(attempts, orders)
+            sound[slot] = _run_one_by_one(attempts, orders, urgent=slot >= slots)
         finally:
             # The end of one is the end of all: it is ordered, or the process is of no use any more.
             orders.end()
             at_work.release()
 
     def leave() -> None:
-        for _ in range(slots):
+        for _ in range(threads):
             at_work.acquire()
         attempts.leave()
 
-    for slot in range(slots):
+    for slot in range(threads):
         threading.Thread(target=run, args=(slot,), name=f"slot-{slot}", daemon=True).start()
     threading.Thread(target=leave, name="leave", daemon=True).start()
     attempts.serve()

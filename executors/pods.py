@@ -158,7 +158,14 @@ class LocalPodHost:
             self._reports.append(PodDown(order.pod, FailureCause.POD_LOST, f"the Pod cannot be created: {error}"))
 
     def start(
-        self, pod: int, req_no: str, attempt: int, parameters: Mapping[str, Any], checkpoint: str = "", rank: int = 0
+        self,
+        pod: int,
+        req_no: str,
+        attempt: int,
+        parameters: Mapping[str, Any],
+        checkpoint: str = "",
+        rank: int = 0,
+        terms: Mapping[str, Any] | None = None,
     ) -> None:
         """Run an attempt in a Pod; AttemptStarted follows, or PodDown. Starting what is started changes nothing."""
         if not _REQ_NO.fullmatch(req_no):
@@ -179,6 +186,7 @@ class LocalPodHost:
             "rank": rank,
             "parameters": dict(parameters),
             "checkpoint": checkpoint,
+            "terms": dict(terms or {}),
         }
         known.channel.send({"op": "start", **order})
 
@@ -426,10 +434,26 @@ def _attempt_report(pod: _Pod, message: Mapping[str, Any]) -> PodReport:
             return AttemptStarted(req_no, attempt, rank)
         case "progress":
             return AttemptProgressed(
-                req_no, attempt, message["done"], message["total"], message["note"], rank, message.get("checkpoint", "")
+                req_no,
+                attempt,
+                message["done"],
+                message["total"],
+                message["note"],
+                rank,
+                message.get("checkpoint", ""),
+                message.get("preview", ""),
             )
         case "finished":
-            return AttemptFinished(req_no, attempt, message["result"], message["run_us"], message["peak"], rank)
+            return AttemptFinished(
+                req_no,
+                attempt,
+                message["result"],
+                message["run_us"],
+                message["peak"],
+                rank,
+                message.get("alone_us", 0),
+                message.get("company_permille", 0),
+            )
         case "failed":
             return AttemptFailed(
                 req_no, attempt, FailureCause(message["cause"]), message["detail"], message["peak"], rank

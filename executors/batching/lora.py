@@ -7,9 +7,11 @@ The base weights are never touched, so nothing is swapped, fused or undone, and 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,21 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """An adapter that fits a bank's model, on its device."""
+
+    name: str
+    pairs: Mapping[str, _Pair]
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that its weights take."""
+        return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in pair)
+
+
 class AdapterBank:
-    """Adapters by name on the parts of one loaded model. Not for use by several threads."""
+    """Adapters by name on the parts of one loaded model. Calls are for one thread; adapters may come and go from others."""
 
     def __init__(self, loaded: LoadedPipeline) -> None:
         self._layers = {
@@ -38,6 +53,8 @@ class AdapterBank:
             for name, module in whole.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         }
+        self._guard = threading.Lock()
+        """Held while adapters come and go: other threads add them while calls are under way."""
         self._pairs: dict[str, dict[str, _Pair]] = {}
         self._written: OrderedDict[AdapterWeights, int] = OrderedDict()
         self._rank = 0
@@ -58,11 +75,28 @@ class AdapterBank:
         """Read an adapter, a directory that a training left or a safetensors file with diffusers' names; raises ModelMissing."""
         self.put(name, _read(source))
 
+    def prepared(self, name: str, source: Path) -> PreparedAdapter:
+        """Read an adapter and bring it to the device without adding it; unlike all else here, any thread may call it.
+
+        Raises ModelMissing like `add`.
+        """
+        return PreparedAdapter(name, self._fitting(name, _read(source)))
+
+    def insert(self, prepared: PreparedAdapter) -> None:
+        """Add what `prepared` returned, in place of an adapter of its name; any thread may call it."""
+        with self._guard:
+            self._remove(prepared.name)
+            self._pairs[prepared.name] = dict(prepared.pairs)
+
     def put(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take an adapter's tensors, ``<part>.<layer>.lora_A.weight`` and ``lora_B.weight``.
 
         Raises ModelMissing with the reason when they do not fit the base model.
         """
+        self.insert(PreparedAdapter(name, self._fitting(name, tensors)))
+
+    def _fitting(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Pair]:
+        """Return an adapter's pairs on the device; raises ModelMissing when they do not fit the base model."""
         pairs = _paired(name, tensors)
         for key, (down, up) in pairs.items():
             layer = self._layers.get(key)
@@ -71,11 +105,14 @@ class AdapterBank:
                     f"adapter {name}: its layer {key} is not in the base model; it belongs to another base"
                 )
             layer.check(name, key, down, up)
-        self.remove(name)
-        self._pairs[name] = {key: self._layers[key].placed(pair) for key, pair in pairs.items()}
+        return {key: self._layers[key].placed(pair) for key, pair in pairs.items()}
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; nothing when there is none of this name."""
+        """Forget an adapter; nothing when there is none of this name. Any thread may call it."""
+        with self._guard:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
         if self._pairs.pop(name, None) is not None:
             for written in [written for written in self._written if any(each == name for each, _ in written)]:
                 del self._written[written]
@@ -87,7 +124,8 @@ class AdapterBank:
         if not any(wanted):
             yield
             return
-        index = self._index(wanted)
+        with self._guard:
+            index = self._index(wanted)
         touched = [layer for layer in self._layers.values() if layer.down is not None]
         if index != self._applied:
             for layer in touched:

@@ -27,6 +27,19 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenAdapter:
+    """A personalised model (LoRA) that a run adds to the loaded one, resolved to a local directory."""
+
+    model: str
+    folder: Path
+    weight: float = 1.0
+    pinned: bool = False
+    """It stays in memory where others would go."""
+    identity: str = ""
+    """Differs where the files behind `model` differ."""
+
+
+@dataclass(frozen=True, slots=True)
 class ResultFile:
     """A file that a method left in its output directory."""
 
@@ -48,6 +61,10 @@ class MethodResult:
     files: tuple[ResultFile, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     peak_gpu_memory_bytes: int = 0
+    company_us: int = 0
+    """How much of the run's time others cost that shared the device with it."""
+    company_permille: int = 0
+    """How many others shared it, on average, in thousandths."""
 
 
 class Cancelled(Exception):
@@ -89,12 +106,31 @@ class MethodContext(Protocol):
         ...
 
     @property
+    def adapters(self) -> tuple[GivenAdapter, ...]:
+        """Personalised models to add to the loaded one; their folders stay until the run is over."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The model that was asked for, where it is not the loaded one (but its base); empty otherwise."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """How urgent the run is, higher first."""
+        ...
+
+    @property
     def cache_dir(self) -> Path | None:
         """A directory that outlives the attempt, shared by the Pods of a node; None: there is none."""
         ...
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Say that `done` of `total` steps are behind the run; called after every step."""
+        ...
+
+    def preview(self, picture: Any) -> None:
+        """Show a small PIL picture of what there is so far; may be called from any thread, and costs the caller no time."""
         ...
 
     def offer_checkpoint(self, checkpoint: Path) -> None:
