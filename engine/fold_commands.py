@@ -60,8 +60,11 @@ def delete_pod(state: State, now: Micros, c: DeletePod) -> None:
 
 def start_task(state: State, now: Micros, c: StartTask) -> None:
     """An attempt (or one member of it) is on its way to its Pod."""
-    task = state.tasks[c.req_no]
-    pod = state.pods[c.pod]
+    start_in(state, now, c, state.tasks[c.req_no], state.pods[c.pod])
+
+
+def start_in(state: State, now: Micros, c: StartTask, task: Task, pod: Pod) -> None:
+    """As `start_task`, where its task and Pod are at hand."""
     if task.state is TaskState.PENDING:
         begin_attempt(state, task, c.attempt)
     move(task, TaskCause.ORDER_START)
@@ -93,7 +96,8 @@ def scale_nodes(state: State, now: Micros, c: ScaleNodes) -> None:
     state.wanted_nodes = c.nodes
 
 
-def _pending(state: State, task: Task, now: Micros, c: Notify) -> None:
+def pend(state: State, now: Micros, c: Notify, task: Task) -> None:
+    """As `notify` of PENDING, where its task is at hand."""
     if c.room is not None:
         _claim(state, task, c.room)
         return
@@ -141,7 +145,7 @@ def notify(state: State, now: Micros, c: Notify) -> None:
         return
     task = state.tasks[c.req_no]
     if told is TaskState.PENDING:
-        _pending(state, task, now, c)
+        pend(state, now, c, task)
     elif told is TaskState.BOUND and c.pod:
         if task.state is TaskState.PENDING:
             begin_attempt(state, task, c.attempt)

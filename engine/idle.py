@@ -18,7 +18,7 @@ _Entry = tuple[int, Micros, int, int, Pod]
 class IdlePods:
     """A lazy heap over the idle Pods of a backlog, rebuilt with it."""
 
-    __slots__ = ("_heap", "_profile", "_tokens", "pods", "version")
+    __slots__ = ("_fresh", "_heap", "_profile", "_tokens", "pods", "version")
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
@@ -29,28 +29,41 @@ class IdlePods:
         self._tokens: dict[int, int] = {}
         """The version with which each became idle."""
         self._heap: list[_Entry] = []
+        self._fresh: dict[int, Pod] = {}
+        """Idle Pods that are not in the heap yet: most are taken again before anybody asks who goes first."""
 
     def clear(self) -> None:
         """Forget them all."""
         self.pods.clear()
         self._tokens.clear()
         self._heap.clear()
+        self._fresh.clear()
 
     def add(self, pod: Pod) -> None:
         """Take a Pod in, or take it in anew because its place in the order changed."""
         self.version += 1
         self.pods[pod.number] = pod
         self._tokens[pod.number] = self.version
-        quick, since, number = self.order(pod)
-        heappush(self._heap, (quick, since, number, self.version, pod))
-        if len(self._heap) > 64 + 4 * len(self.pods):
-            self._heap = [entry for entry in self._heap if self._tokens.get(entry[2]) == entry[3]]
-            heapify(self._heap)
+        self._fresh[pod.number] = pod
+
+    def _sorted_in(self) -> list[_Entry]:
+        """Return the heap with everyone in it."""
+        heap = self._heap
+        if self._fresh:
+            for pod in self._fresh.values():
+                quick, since, number = self.order(pod)
+                heappush(heap, (quick, since, number, self._tokens[number], pod))
+            self._fresh.clear()
+            if len(heap) > 64 + 4 * len(self.pods):
+                heap[:] = [entry for entry in heap if self._tokens.get(entry[2]) == entry[3]]
+                heapify(heap)
+        return heap
 
     def drop(self, number: int) -> None:
         """Take a Pod out, if it is in."""
         if self.pods.pop(number, None) is not None:
             del self._tokens[number]
+            self._fresh.pop(number, None)
 
     def neighbours_loaded(self, pod: Pod) -> None:
         """Take in that a Pod started on shared devices: what loads take there may have changed for the idle ones beside it."""
@@ -60,7 +73,7 @@ class IdlePods:
 
     def first(self) -> Pod | None:
         """Return the one that goes first."""
-        heap = self._heap
+        heap = self._sorted_in()
         while heap:
             if self._tokens.get(heap[0][2]) == heap[0][3]:
                 return heap[0][4]
@@ -69,7 +82,7 @@ class IdlePods:
 
     def first_few(self, most: int) -> list[Pod]:
         """Return those that go first, at most so many."""
-        heap = self._heap
+        heap = self._sorted_in()
         found: list[_Entry] = []
         while heap and len(found) < most:
             entry = heappop(heap)
@@ -99,4 +112,7 @@ class IdlePods:
         times = self._profile.serve_loads
         if not times or pod.created_at + (times + 1) * self.load_us(pod) <= now:
             return False
-        return any(line.live and line.node in (-1, pod.node.index) for line in pod.warm.kind.lines.values())
+        for line in pod.warm.kind.lines.values():  # noqa: SIM110 - a generator costs more than all the rest
+            if line.live and line.node in (-1, pod.node.index):
+                return True
+        return False

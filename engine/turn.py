@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.backlog import Backlog
-from engine.commands import Command, DeletePod, Notify
+from engine.commands import Command, DeletePod, Notify, StartTask
 from engine.entities import Deployment, Pod, Task
-from engine.fold_commands import COMMAND_FOLDS
+from engine.fold_commands import COMMAND_FOLDS, pend, start_in
 from engine.kinds import RoomLine
 from engine.limits import Limits
 from engine.lines import Rank
@@ -42,6 +42,17 @@ class Turn:
     def order(self, command: Command) -> None:
         """Give an order."""
         COMMAND_FOLDS[type(command)](self.state, self.now, command)
+        self.commands.append(command)
+
+    def start(self, command: StartTask, task: Task, pod: Pod) -> None:
+        """Give the order to start a task, which is at hand with its Pod."""
+        start_in(self.state, self.now, command, task, pod)
+        self.commands.append(command)
+
+    def let_in(self, task: Task) -> None:
+        """Let a task wait that was submitted."""
+        command = notify(task.req_no, TaskState.PENDING, task.attempt, self.now)
+        pend(self.state, self.now, command, task)
         self.commands.append(command)
 
     def news(self, command: Notify) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from engine.entities import Task
 from engine.fit import possible
 from engine.kinds import Shape
-from engine.making import notify
 from engine.reasons import Reason
 from engine.resources import WHOLE_GPU, Demand
 from engine.tasks import Affinity, TaskSpec, TaskState
@@ -16,7 +15,7 @@ def admit(turn: Turn, task: Task) -> None:
     """Admit or reject a task that was submitted."""
     refusal = _refusal(turn, task)
     if refusal is None:
-        turn.order(notify(task.req_no, TaskState.PENDING, task.attempt, turn.now))
+        turn.let_in(task)
     else:
         reason, detail = refusal
         turn.tell(task, TaskState.REJECTED, reason, detail)

@@ -22,7 +22,7 @@ def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
     if pod.state is PodState.CREATING:
         turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
     else:
-        turn.order(start_task(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint))
+        turn.start(start_task(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint), task, pod)
 
 
 def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | None:
