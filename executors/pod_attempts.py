@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.tasks import FailureCause
 from executors.dfs import ObjectFileStore, open_store
 from executors.methods import registry
-from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing
+from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing, NotFinite
 from executors.methods.parameters import PARAMETERS, ParameterError, validate
 from executors.methods.together import SharedMethod
 from executors.pod_checkpoints import STORE_ERRORS, CheckpointShelf
@@ -30,8 +30,17 @@ _GPU_LOST = (
     "ecc error",
     "no cuda-capable device",
     "device unavailable",
+    "busy or unavailable",
     "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "nvlink",
+    "driver shutting down",
+    "device not ready",
+    "unknown error",
+    "xid",
 )
+"""How CUDA and its driver speak of a device that is gone or broken; an assertion or a wild access is the program's own fault."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -153,6 +162,8 @@ class Attempts:
         self._spec = spec
         self._link = link
         self._orders = orders
+        self.broken_by: FailureCause | None = None
+        """What ended the use of the device in this process."""
         self._models = ModelCache.from_json(spec.models)
         self._store = open_store(spec.store_url)
         self._method = _create(spec)
@@ -177,10 +188,17 @@ class Attempts:
             self._report_stop(order, attempt, cancelled)
         except Exception as error:
             self._report_failure(order, error)
-            return not breaks_the_device(error)
+            if breaks_the_device(error):
+                self.broken_by = cause_of(error)
+                return False
         finally:
             self._remove_directory(order)
         return True
+
+    @property
+    def paced(self) -> bool:
+        """Whether the method promises a sign of life after each step."""
+        return bool(getattr(self._method, "paced", False))
 
     def share(self, slots: int) -> bool:
         """Have the method run several attempts at once; False when there is one slot only, or when it cannot."""
@@ -247,6 +265,8 @@ def cause_of(error: BaseException) -> FailureCause:
         return FailureCause.OUT_OF_MEMORY
     if isinstance(error, ModelMissing):
         return FailureCause.MODEL_MISSING
+    if isinstance(error, NotFinite):
+        return FailureCause.NOT_FINITE
     if isinstance(error, ParameterError | InputRefused | InputFileMissing | ValidationError | UnknownMethod):
         return FailureCause.BAD_INPUT
     if isinstance(error, RuntimeError) and any(sign in text for sign in _GPU_LOST):

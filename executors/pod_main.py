@@ -8,6 +8,7 @@ Everything the agent needs to know leaves as a message; everything a person may 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -226,11 +227,11 @@ def run_pod(end: socket.socket) -> int:
         link.send("down", cause=cause, detail=f"{type(error).__name__}: {error}"[:1024])
         return 1
     shared = attempts.share(spec.slots)
-    link.send("up", load_us=round((time.monotonic() - began) * 1e6))
+    link.send("up", load_us=round((time.monotonic() - began) * 1e6), paced=attempts.paced)
     if not (_run_together(attempts, orders, spec.slots) if shared else _run_one_by_one(attempts, orders)):
         link.send(
             "down",
-            cause=FailureCause.GPU_LOST,
+            cause=attempts.broken_by or FailureCause.CRASHED,
             detail="CUDA works no more in this process; see its attempt's failure",
         )
         return 1
@@ -296,6 +297,9 @@ def _settle(spec: PodSpec) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    # A crash of native code leaves where Python stood; so does the host's question to a Pod that hangs.
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     for join_file in spec.join_files:
         Path(join_file).write_text(str(os.getpid()))
     limit_this_process(spec.data_bytes)

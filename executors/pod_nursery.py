@@ -86,6 +86,10 @@ class Nursery:
         """Kill a Pod's process group."""
         self._send({"op": "kill", "pod": pod}, None)
 
+    def trace(self, pod: int) -> None:
+        """Have a Pod write into its log where each of its threads stands."""
+        self._send({"op": "trace", "pod": pod}, None)
+
     def flush(self) -> None:
         """Send what waits."""
         while self._unsent:
@@ -186,6 +190,8 @@ class _Parent:
                 self._create(pod, descriptors[0])
             case "kill" if pod in self._groups:
                 self._kill(self._groups[pod])
+            case "trace" if pod in self._groups:
+                os.kill(self._groups[pod], signal.SIGUSR1)
         return True
 
     def _create(self, pod: int, descriptor: int) -> None:

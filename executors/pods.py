@@ -28,6 +28,7 @@ from executors.pod_main import Key, PodSpec, log_tail
 from executors.pod_models import ModelCache
 from executors.pod_nursery import Nursery
 from executors.pod_prefetch import Prefetcher
+from executors.pod_watch import Patience, StepWatch
 from executors.pod_wire import Channel
 from executors.ports import (
     AttemptFailed,
@@ -44,6 +45,8 @@ from executors.ports import (
 
 LOAD_LIMIT_S = 900.0
 """A Pod that has not loaded its model by then is killed."""
+TRACE_S = 1.0
+"""Between asking a hung Pod where it stands and killing it."""
 LOG_MAX_BYTES = 8 << 20
 """A Pod's log is cut back to nothing beyond this size."""
 LOCK_WAIT_S = 10.0
@@ -83,6 +86,8 @@ class _Pod:
     killed: bool = False
     told: tuple[FailureCause, str] | None = None
     """What the Pod itself said about its end."""
+    begun: set[Key] = field(default_factory=set)
+    """Attempts that run; others wait for their turn."""
     attempts: dict[Key, float | None] = field(default_factory=dict)
     """Attempts it has -> when the grace of a stop ends; None while no stop is ordered."""
 
@@ -102,12 +107,14 @@ class LocalPodHost:
         warm: Iterable[str] = (),
         load_limit_s: float = LOAD_LIMIT_S,
         lock_wait_s: float = LOCK_WAIT_S,
+        patience: Patience | None = None,
     ) -> None:
         """Take over a work directory and clear what an earlier run left in it.
 
         `store` must be open to other processes (`file://`, `s3://`). `models` defaults to a cache in the work directory and the
         built-in models. `methods` adds methods as ``name -> "module:factory"``. `warm` names nurseries to start now, ``torch`` or
-        ``light``, otherwise the first Pod waits for the imports. Raises WorkDirectoryInUse, ValueError.
+        ``light``, otherwise the first Pod waits for the imports. `patience` says when a Pod counts as hung. Raises
+        WorkDirectoryInUse, ValueError.
         """
         if not store.shared:
             raise ValueError(
@@ -131,6 +138,7 @@ class LocalPodHost:
         self.limiter.sweep()
         self._load_limit_s = load_limit_s
         self._pods: dict[int, _Pod] = {}
+        self._watch = StepWatch(patience or Patience())
         self._nurseries: dict[str, Nursery] = {}
         self._reports: list[PodReport] = []
         self._unremoved: list[Box] = []
@@ -235,7 +243,11 @@ class LocalPodHost:
     def next_deadline_us(self) -> int | None:
         """Return in how many microseconds `take` has a grace to enforce; None when no clock runs."""
         deadlines = [
-            at for pod in self._pods.values() if not pod.killed for at in (pod.kill_at, *pod.attempts.values()) if at
+            at
+            for pod in self._pods.values()
+            if not pod.killed
+            for at in (pod.kill_at, self._watch.hangs_at(pod.order.pod), *pod.attempts.values())
+            if at
         ]
         return max(0, round((min(deadlines) - time.monotonic()) * 1e6)) if deadlines else None
 
@@ -332,11 +344,27 @@ class LocalPodHost:
                 pod.up = True
                 if not pod.ordered:
                     pod.kill_at = None
+                if message.get("paced", False):
+                    self._watch.follow(pod.order.pod, (pod.order.method, str(pod.order.model.get("id", ""))))
                 self._reports.append(PodUp(pod.order.pod, message["load_us"]))
             elif op == "down":
                 pod.told = (FailureCause(message["cause"]), message["detail"])
             else:
+                self._note_pace(pod, message)
                 self._reports.append(_attempt_report(pod, message))
+
+    def _note_pace(self, pod: _Pod, message: Mapping[str, Any]) -> None:
+        number, now = pod.order.pod, time.monotonic()
+        key = tuple(message["key"])
+        match message["op"]:
+            case "started":
+                pod.begun.add(key)
+                self._watch.began(number, now)
+            case "progress":
+                self._watch.stepped(number, now)
+            case "finished" | "failed" | "stopped" if key in pod.begun:
+                pod.begun.discard(key)
+                self._watch.ended(number, now)
 
     def _hear(self, nursery: Nursery, report: Mapping[str, Any]) -> None:
         pod = self._pods.get(int(report["pod"]))
@@ -366,9 +394,12 @@ class LocalPodHost:
             if deadline is not None:
                 self._reports.append(AttemptStopped(req_no, attempt, rank=rank))
         cause, detail = _cause_of_death(pod, status)
+        if cause is FailureCause.CRASHED and (gone := self._device_gone(pod.order)):
+            cause, detail = FailureCause.GPU_LOST, f"{gone}; the Pod {detail}"
         tail = "" if pod.ordered else log_tail(pod.directory / "pod.log")
         self._reports.append(PodDown(number, cause, f"{detail}\n{tail}".strip(), ordered=pod.ordered))
         pod.channel.close()
+        self._watch.forget(number)
         if not pod.box.remove():
             self._unremoved.append(pod.box)
         shutil.rmtree(pod.directory, ignore_errors=True)
@@ -387,6 +418,23 @@ class LocalPodHost:
             self._kill(pod)
         elif pod.kill_at is not None and pod.kill_at <= now:
             self._kill(pod)
+        elif pod.kill_at is None and (hangs_at := self._watch.hangs_at(pod.order.pod)) and hangs_at <= now:
+            # Its threads write into the log where they stand, if they still can; then it is killed.
+            pod.why, pod.why_detail = FailureCause.HUNG, self._watch.verdict(pod.order.pod, now)
+            pod.nursery.trace(pod.order.pod)
+            pod.kill_at = now + TRACE_S
+
+    def _device_gone(self, order: PodOrder) -> str:
+        """Return which GPU of a Pod is gone or ill; empty when all are well."""
+        if not order.gpus:
+            return ""
+        seen = {gpu.uuid: gpu for gpu in self._plugin.devices()}
+        for uuid in order.gpus:
+            if uuid not in seen:
+                return f"GPU {uuid} is not on this node any more"
+            if not seen[uuid].healthy:
+                return f"GPU {uuid} is ill"
+        return ""
 
     def _kill(self, pod: _Pod) -> None:
         pod.killed = True

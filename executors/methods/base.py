@@ -83,6 +83,10 @@ class InputRefused(Exception):
         self.field = field_name
 
 
+class NotFinite(ArithmeticError):
+    """What was computed holds numbers that are infinite or none: once more may help on another device, no further."""
+
+
 class ModelMissing(Exception):
     """The model's directory is absent or cannot be read as a pipeline."""
 
@@ -151,7 +155,11 @@ class MethodContext(Protocol):
 
 
 class Method(Protocol):
-    """An AI method inside a Pod."""
+    """An AI method inside a Pod.
+
+    One that has the attribute ``paced = True`` promises to call `progress` after each step of a run, and its Pod is killed when
+    that stays away for many times what a step takes.
+    """
 
     def load(self, model: ModelRef | None, device: str) -> None:
         """Load the model onto the device; raises ModelMissing."""

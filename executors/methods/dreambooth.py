@@ -48,6 +48,8 @@ CHECKPOINT = "checkpoint"
 class DreamBooth:
     """Holds one base model and trains adapters for it."""
 
+    paced = True
+
     def __init__(self) -> None:
         self._loaded: pipelines.LoadedPipeline | None = None
         self._base_sha256 = ""

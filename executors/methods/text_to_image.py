@@ -54,6 +54,8 @@ class _Job:
 class TextToImage:
     """Holds one model and makes pictures with it; a `SharedMethod`."""
 
+    paced = True
+
     def __init__(self) -> None:
         self._loaded: pipelines.LoadedPipeline | None = None
         self._batch = MAX_BATCH

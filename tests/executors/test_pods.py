@@ -273,7 +273,8 @@ def test_a_pod_whose_gpu_works_no_more_ends_after_it_reported_the_attempt(bench:
     bench.up("Broken")
     bench.host.start(1, "r", 1, {})
     down = bench.expect(PodDown)
-    assert (down.cause, down.ordered) == (FailureCause.GPU_LOST, False)
+    assert (down.cause, down.ordered) == (FailureCause.CRASHED, False)
+    assert "CUDA works no more" in down.detail
     failed = bench.expect(AttemptFailed)
     assert failed.cause is FailureCause.CRASHED
     assert "device-side assert" in failed.detail
