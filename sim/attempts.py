@@ -8,6 +8,7 @@ from engine.commands import StartTask, StopTask
 from engine.events import TaskFailed, TaskFinished, TaskProgressed, TaskStarted, TaskStopped
 from engine.tasks import FailureCause, Micros, TaskSpec, TaskType
 from sim.draws import lognormal, unit
+from sim.hardware import BatchRow
 from sim.parts import AttemptKey, Outcome, SimAttempt, SimPod
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Attempts:
         self.checkpoints: dict[str, dict[str, float]] = {}
         """By task: the share of the work that each of its checkpoints holds."""
         self._peaks: dict[tuple[object, ...], int] = {}
+        self._batches: dict[tuple[object, ...], list[float]] = {}
 
     def forget(self, key: AttemptKey, attempt: SimAttempt) -> None:
         """Let an attempt vanish with its Pod."""
@@ -50,8 +52,9 @@ class Attempts:
             return
         now = self._world.now()
         attempt.began_at, attempt.rebased_at = now - ran_us, now
-        self._decide(attempt)
-        attempt.left_us = max(1.0, attempt.total_us - ran_us)
+        load_us = self._decide(attempt)
+        attempt.left_us = max(1.0, load_us + attempt.total_us - ran_us)
+        attempt.batch_at = now
         self._respeed(attempt.pod)
 
     def _enter(self, order: StartTask) -> SimAttempt | None:
@@ -73,15 +76,28 @@ class Attempts:
             return
         req_no, number, rank = attempt.key
         now = self._world.now()
-        attempt.began_at = attempt.rebased_at = now
-        self._decide(attempt)
+        attempt.began_at = now
+        load_us = self._decide(attempt)
         self._world.emit(TaskStarted(req_no, number, rank))
-        self._respeed(attempt.pod)
+        if load_us > 0.0:
+            attempt.token += 1
+            self._world.after(round(load_us), self._join, attempt, attempt.token)
+        else:
+            self._join(attempt, attempt.token)
         if self._world.hardware.progress_reports and attempt.task.task_type is TaskType.TP:
             self._arm_progress(attempt)
 
-    def _decide(self, attempt: SimAttempt) -> None:
-        """Settle how long the attempt runs alone and how it ends."""
+    def _join(self, attempt: SimAttempt, token: int) -> None:
+        """Let an attempt that has all it needs into the running batch of its Pod."""
+        if attempt.token == token:
+            attempt.batch_at = attempt.rebased_at = self._world.now()
+            self._respeed(attempt.pod)
+
+    def _decide(self, attempt: SimAttempt) -> float:
+        """Settle how long the attempt runs alone and how it ends; return how long it loads before it enters its Pod's batch.
+
+        A load does not stop the batch that is running. With one slot there is no batch, and a load is a part of the run.
+        """
         task, truth, pod, hardware = attempt.task, attempt.truth, attempt.pod, self._world.hardware
         req_no, number, _ = attempt.key
         if truth.work_us is not None:
@@ -95,7 +111,10 @@ class Attempts:
             work = hardware.run_us(task, pod.gpu_model, pod.share) * noise
             if task.method != "sleep":
                 work += hardware.transfer_us(_pictures(task))
-        work = max(1.0, work * (1.0 - attempt.done_before)) + self._lora_us(attempt)
+        work = max(1.0, work * (1.0 - attempt.done_before))
+        load_us = self._lora_us(attempt)
+        if pod.order.slots == 1:
+            work, load_us = work + load_us, 0.0
         attempt.peak_bytes = truth.peak_gpu_memory_bytes or self._peak_bytes(task)
         cap = min((grant.memory_bytes for grant in pod.order.grants), default=0)
         wish = _wished_failure(task, number)
@@ -112,6 +131,7 @@ class Attempts:
             attempt.outcome = Outcome.CRASH
             work *= unit(self._world.seed, "crash-at", req_no, number)
         attempt.total_us = attempt.left_us = max(1.0, work)
+        return load_us
 
     def _peak_bytes(self, task: TaskSpec) -> int:
         key = (task.method, task.model, task.features)
@@ -150,11 +170,15 @@ class Attempts:
         )
 
     def _pipeline_us(self, attempt: SimAttempt) -> float:
-        """Return the time to put the pipeline together anew, where the Pod's last task was of another kind."""
-        kind = next((str(value) for name, value in attempt.task.features if name == "kind"), "")
+        """Return the time to put the pipeline together anew, where neither the Pod's last task nor any in it is of this kind."""
+        kind = _kind(attempt.task)
         pod, measured = attempt.pod, self._world.hardware.measured
         before, pod.pipeline = pod.pipeline, kind
         if measured is None or not kind or before in ("", kind) or not pod.order.grants:
+            return 0.0
+        if any(
+            other is not attempt and other.began_at >= 0 and _kind(other.task) == kind for other in pod.running.values()
+        ):
             return 0.0
         self._world.count("pipeline_switches")
         return measured.pipeline_us(pod.order.grants[0].uuid, self._world.seed, attempt.key[0], attempt.key[1])
@@ -164,14 +188,30 @@ class Attempts:
         if pod.hung:
             return
         now = self._world.now()
-        running = [attempt for attempt in pod.running.values() if attempt.began_at >= 0]
-        marginal = self._world.hardware.marginal_slot
-        stretch = 1.0 - marginal + marginal * len(running)
-        for attempt in running:
+        batch = [attempt for attempt in pod.running.values() if attempt.batch_at >= 0]
+        stretches = self._stretches(pod, batch) if len(batch) > 1 else [1.0]
+        for attempt, stretch in zip(batch, stretches, strict=False):
             attempt.rebase(now)
             attempt.stretch = stretch
+            attempt.company = len(batch) - 1
             attempt.token += 1
             self._world.after(max(1, round(attempt.left_us * stretch)), self._end, attempt, attempt.token)
+
+    def _stretches(self, pod: SimPod, batch: list[SimAttempt]) -> list[float]:
+        """Return how many times as long as alone each member of a batch takes now."""
+        hardware = self._world.hardware
+        rows: list[BatchRow] = []
+        for attempt in batch:
+            if attempt.row is None:
+                attempt.row, attempt.row_share = hardware.batch_row(attempt.task, attempt.truth.work_us is not None)
+            rows.append(attempt.row)
+        key = (pod.gpu_model, *rows)
+        found = self._batches.get(key)
+        if found is None:
+            if len(self._batches) >= _PEAKS_REMEMBERED:
+                self._batches.clear()
+            found = self._batches[key] = hardware.stretches(pod.gpu_model, rows)
+        return [1.0 + attempt.row_share * (stretch - 1.0) for attempt, stretch in zip(batch, found, strict=True)]
 
     def _end(self, attempt: SimAttempt, token: int) -> None:
         if attempt.token != token:
@@ -180,12 +220,25 @@ class Attempts:
         if attempt.outcome is Outcome.CRASH:
             self._world.crash_pod(attempt.pod.order.pod, f"attempt {number} of {req_no} crashed")
             return
+        attempt.rebase(self._world.now())
         self._leave(attempt)
         if attempt.outcome is Outcome.FAIL:
             self._world.emit(TaskFailed(req_no, number, attempt.cause, rank, "simulated", attempt.peak_bytes))
         else:
-            spent = self._world.now() - attempt.began_at
-            self._world.emit(TaskFinished(req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes))
+            self._finish(attempt)
+
+    def _finish(self, attempt: SimAttempt) -> None:
+        """Report a result, in a Pod of several slots with what others in the batch made of the run time."""
+        req_no, number, rank = attempt.key
+        now = self._world.now()
+        spent = now - attempt.began_at
+        alone_us = company = 0
+        if attempt.pod.order.slots > 1:
+            alone_us = attempt.batch_at - attempt.began_at + round(attempt.total_us)
+            company = round(1000 * attempt.company_us / max(1, now - attempt.batch_at))
+        self._world.emit(
+            TaskFinished(req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes, alone_us, company)
+        )
 
     def _leave(self, attempt: SimAttempt) -> None:
         attempt.token += 1
@@ -224,7 +277,7 @@ class Attempts:
         now = self._world.now()
         steps = self._steps(attempt.task)
         step_us = max(1.0, attempt.total_us * attempt.stretch / max(1.0, steps * (1.0 - attempt.done_before)))
-        to_boundary = round(step_us - (now - attempt.began_at) % step_us)
+        to_boundary = round(step_us - (now - attempt.batch_at) % step_us) if attempt.batch_at >= 0 else 0
         if order.grace_us and to_boundary > order.grace_us:
             self._world.after(order.grace_us, self._kill_for_grace, attempt)
             return
@@ -257,6 +310,10 @@ class Attempts:
             if name == "steps" and isinstance(value, int | float) and value >= 1:
                 return int(value)
         return self._world.hardware.default_steps
+
+
+def _kind(task: TaskSpec) -> str:
+    return next((str(value) for name, value in task.features if name == "kind"), "")
 
 
 def _pictures(task: TaskSpec) -> int:

@@ -60,6 +60,8 @@ class SimulationConfig:
     gpu_memory_gib: float = 24.0
     slots: int = 1
     """Tasks that one Pod runs at once."""
+    recorded_gpu_share: float = 1.0
+    """Share of a run time that a trace brings in which the GPU computes: others in the Pod make only that part longer."""
     mtbf_hours: float | None = None
     """Mean time between failures of a node; None: none fails."""
     mttr_minutes: float = 30.0
@@ -122,6 +124,8 @@ class SimulationConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 raise ConfigError(f"{name}: must be greater than 0 and below 1e9, got {value}")
+        if not 0 <= self.recorded_gpu_share <= 1:
+            raise ConfigError(f"recorded_gpu_share: must lie between 0 and 1, got {self.recorded_gpu_share}")
         if not 1 <= self.gpu_share <= 1000:
             raise ConfigError(f"gpu_share: must lie between 1 and 1000 thousandths, got {self.gpu_share}")
         if not 0 <= self.gpu_memory_gib < 1e6:
@@ -146,7 +150,12 @@ class SimulationConfig:
             nodes = pooled(self.pools, self.gpus_per_node)
         else:
             nodes = cluster(self.nodes, self.gpus_per_node, self.gpu_model)
-        hardware = Hardware(nodes, family=self.family, reference_gpu=self.reference_gpu or self._reference())
+        hardware = Hardware(
+            nodes,
+            family=self.family,
+            reference_gpu=self.reference_gpu or self._reference(),
+            recorded_gpu_share=self.recorded_gpu_share,
+        )
         return hardware if self.load_scale == 1 else hardware.loading(self.load_scale)
 
     def fault_plan(self) -> FaultPlan:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import SECOND, Micros, TaskSpec
+from predictors import step_times
+from predictors.step_times import StepTimes
 from sim.caches import Source
 from sim.measured_loads import MeasuredLoads
 
@@ -87,6 +89,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """What one task brings into a running batch."""
+
+    family: str
+    width: int
+    height: int
+    rows: float
+
+    @property
+    def bucket(self) -> tuple[str, int, int]:
+        """What it has in common with those that go through the network together with it."""
+        return self.family, self.width, self.height
+
+
 class PodStarts(Protocol):
     """Times to start a Pod that were measured."""
 
@@ -123,8 +140,12 @@ class Hardware:
     pod_stop_us: Micros = 300_000
     result_bytes_per_picture: int = 2 * MIB
     network_bytes_per_s: int = 1_250_000_000
-    marginal_slot: float = 0.69
-    """Share of a step's time that another task in the same Pod adds: 36.8 / (16.4 + 36.8) ms, measured on a 16 GB card."""
+    marginal_slot: float | None = None
+    """Share of a step's time that every further task in a Pod adds, whatever it is; None: `steps` and the arithmetic say."""
+    steps: tuple[StepTimes, ...] = field(default_factory=step_times.read)
+    """Steps of running batches as measured; where nothing fits, they are worked out."""
+    recorded_gpu_share: float = 1.0
+    """Share of a run time that a trace brings in which the GPU computes; only that part gets slower with others in the Pod."""
     default_steps: int = 30
     batch_rows: int = 4
     """Pictures denoised together; more are done in turns."""
@@ -148,6 +169,10 @@ class Hardware:
         if not self.nodes:
             raise HardwareError("nodes: a cluster needs at least one node")
         self.gpu(self.reference_gpu, "reference_gpu")
+        if self.marginal_slot is not None and not 0 <= self.marginal_slot <= 1:
+            raise HardwareError(f"marginal_slot: must lie between 0 and 1, got {self.marginal_slot}")
+        if not 0 <= self.recorded_gpu_share <= 1:
+            raise HardwareError(f"recorded_gpu_share: must lie between 0 and 1, got {self.recorded_gpu_share}")
         if self.family not in FAMILIES:
             raise HardwareError(f"family: unknown {self.family!r}; known are {', '.join(sorted(FAMILIES))}")
 
@@ -228,6 +253,61 @@ class Hardware:
         turns = -(-images // self.batch_rows)
         denoise = steps * (turns * gpu.step_overhead_us + images * 2 * forward / flops * SECOND)
         return round(denoise + images * family.decode_per_pixel * width * height / flops * SECOND)
+
+    def batch_row(self, task: TaskSpec, recorded: bool) -> tuple[BatchRow, float]:
+        """Return what a task brings into the running batch of its Pod, and the share of its time that others there slow down.
+
+        A recorded run time holds all its pictures and says nothing of their size: it counts as one row of the native size.
+        ``sleep`` shares nothing with anybody.
+        """
+        family = self.family_of(task.model)
+        row = BatchRow(family.name, family.native_size, family.native_size, 1.0)
+        if recorded:
+            return row, self.recorded_gpu_share
+        if task.method == "sleep":
+            return row, 0.0
+        features = dict(task.features)
+        rows = min(float(self.batch_rows), max(1.0, _number(features, "images", 1.0)))
+        width = round(_number(features, "width", family.native_size))
+        height = round(_number(features, "height", family.native_size))
+        return BatchRow(family.name, width, height, 2.0 if task.method == "dreambooth" else rows), 1.0
+
+    def step(self, gpu_model: str, family: str, width: int, height: int, rows: float) -> float:
+        """Return the time of a step of a running batch over that of one row, as measured or worked out."""
+        found = step_times.find(self.steps, gpu_model, family, width * height)
+        if found is not None:
+            return found.step(rows)
+        gpu = self.gpu_models.get(gpu_model, self.gpu_models[self.reference_gpu])
+        row_us = 2 * FAMILIES[family].forward(width, height) / gpu.flops * SECOND
+        return (gpu.step_overhead_us + rows * row_us) / (gpu.step_overhead_us + row_us)
+
+    def step_us(self, gpu_model: str, family: str, width: int, height: int, rows: float) -> float:
+        """Return the time of a step of a running batch, in microseconds: measured shape, worked out size."""
+        gpu = self.gpu_models.get(gpu_model, self.gpu_models[self.reference_gpu])
+        one_us = gpu.step_overhead_us + 2 * FAMILIES[family].forward(width, height) / gpu.flops * SECOND
+        return one_us * self.step(gpu_model, family, width, height, rows)
+
+    def stretches(self, gpu_model: str, batch: Sequence[BatchRow]) -> list[float]:
+        """Return how many times as long as alone each member of a Pod's running batch takes for a step.
+
+        Pictures of one size go through the network together, other sizes one batch after the other: everybody waits for all.
+        """
+        if self.marginal_slot is not None:
+            return [1.0 + self.marginal_slot * (len(batch) - 1)] * len(batch)
+        if len(batch) == 1:
+            return [1.0]
+        together: dict[tuple[str, int, int], float] = {}
+        for member in batch:
+            together[member.bucket] = together.get(member.bucket, 0.0) + member.rows
+        whole_us = sum(self.step_us(gpu_model, *bucket, rows) for bucket, rows in together.items())
+        return [max(1.0, whole_us / self.step_us(gpu_model, *member.bucket, member.rows)) for member in batch]
+
+    def shared_gain(self, gpu_model: str, slots: int) -> float:
+        """Return how many times as many tasks a Pod with all its slots taken ends than one that takes them one by one."""
+        family = FAMILIES[self.family]
+        row = BatchRow(family.name, family.native_size, family.native_size, 1.0)
+        stretch = self.stretches(gpu_model, [row] * slots)[0]
+        return slots / (1.0 + self.recorded_gpu_share * (stretch - 1.0))
 
     def peak_memory_bytes(self, task: TaskSpec) -> int:
         """Peak memory per GPU, without noise: weights plus activations, and Adam's state for a full fine-tuning."""

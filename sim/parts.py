@@ -9,7 +9,7 @@ from engine.commands import CreatePod
 from engine.resources import NodeSpec
 from engine.tasks import FailureCause, Micros, TaskSpec
 from sim.caches import ByteCache
-from sim.hardware import Hardware
+from sim.hardware import BatchRow, Hardware
 from sim.workload import Truth
 
 AttemptKey = tuple[str, int, int]
@@ -60,15 +60,18 @@ class SimPod:
         self.running: dict[AttemptKey, SimAttempt] = {}
         self.loras: OrderedDict[str, None] = OrderedDict()
         self.pipeline = ""
-        """Kind of its last task; only where loads are measured ones."""
+        """Kind of the task that came last; only where loads are measured ones."""
 
 
 class SimAttempt:
     """One try of one task (of one member of a gang)."""
 
     __slots__ = (
+        "batch_at",
         "began_at",
         "cause",
+        "company",
+        "company_us",
         "done_before",
         "key",
         "left_us",
@@ -76,6 +79,8 @@ class SimAttempt:
         "peak_bytes",
         "pod",
         "rebased_at",
+        "row",
+        "row_share",
         "stop_ordered",
         "stretch",
         "task",
@@ -93,6 +98,16 @@ class SimAttempt:
         """Share of the work that a checkpoint brought along."""
         self.began_at: Micros = -1
         """-1 until it began."""
+        self.batch_at: Micros = -1
+        """When it entered its Pod's running batch: its adapters are loaded then; -1 until it has."""
+        self.row: BatchRow | None = None
+        """What it brings into the batch; known once another is there."""
+        self.row_share = 1.0
+        """Share of its time that others in the batch slow down."""
+        self.company = 0
+        """Others in the batch now."""
+        self.company_us = 0.0
+        """Others in the batch, summed up over the time."""
         self.total_us = 0.0
         """Whole run time of this attempt when alone in its Pod."""
         self.left_us = 0.0
@@ -108,12 +123,14 @@ class SimAttempt:
 
     def rebase(self, now: Micros) -> None:
         """Account for the time since the last change of speed."""
-        self.left_us -= (now - self.rebased_at) / self.stretch
+        spent = now - self.rebased_at
+        self.left_us -= spent / self.stretch
+        self.company_us += spent * self.company
         self.rebased_at = now
 
     def done_share(self, now: Micros) -> float:
         """Share of the whole task that is behind it now, what its checkpoint brought included."""
-        if self.began_at < 0 or self.total_us <= 0:
+        if self.batch_at < 0 or self.total_us <= 0:
             return self.done_before
         left = self.left_us - (now - self.rebased_at) / self.stretch
         return self.done_before + (1.0 - self.done_before) * max(0.0, min(1.0, 1.0 - left / self.total_us))

@@ -31,6 +31,12 @@ def gentd26(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.")] = 16,
     hours: Annotated[float, typer.Option(help="Hours that are simulated.")] = 6.0,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Requests of one base model that a Pod runs at once; 1: one after the other.")
+    ] = 8,
+    gpu_part: Annotated[
+        float, typer.Option(help="Share of a recorded run time that others in the Pod make longer: the GPU's.")
+    ] = 0.23,
     first_day: Annotated[str | None, typer.Option("--from", help="First day of the trace to use.")] = None,
     last_day: Annotated[str | None, typer.Option("--to", help="Last day of the trace to use.")] = None,
     rate_method: Annotated[str, typer.Option(help="superpose (any moment) or days (whole days).")] = "superpose",
@@ -75,6 +81,8 @@ def gentd26(
             first_seed=first_seed,
             gpus=gpus,
             hours=hours,
+            slots=slots,
+            gpu_part=gpu_part,
             forecaster=forecaster,
             rate_method=rate_method,
             first_day=first_day,

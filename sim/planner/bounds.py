@@ -159,7 +159,7 @@ def demand_of(workload: Workload, hardware: Hardware, models: Sequence[str]) -> 
             run_us = min(hardware.run_us(task, model) * hardware.speed(model) for model in models)
         share = task.demand.gpus * task.demand.gpu_share / 1000 * task.members
         if task.slots > 1:
-            share *= (1 + hardware.marginal_slot * (task.slots - 1)) / task.slots
+            share /= max(hardware.shared_gain(model, task.slots) for model in models)
         at.append(arrival.at / SECOND)
         run.append(run_us / SECOND)
         gpus.append(share)

@@ -90,7 +90,7 @@ def test_a_prefetched_model_loads_from_disk_and_a_load_meets_a_fetch_under_way()
 
 
 def test_two_tasks_in_one_pod_slow_each_other_down():
-    hands = Hands(arrival("one"), arrival("two"))
+    hands = Hands(arrival("one"), arrival("two"), marginal_slot=0.69)
     hands.pod(1, slots=2)
     hands.until(20)
     hands.start("one")
@@ -100,7 +100,7 @@ def test_two_tasks_in_one_pod_slow_each_other_down():
 
 
 def test_a_task_speeds_up_again_when_its_neighbour_leaves():
-    hands = Hands(arrival("long", 10), arrival("short", 5))
+    hands = Hands(arrival("long", 10), arrival("short", 5), marginal_slot=0.69)
     hands.pod(1, slots=2)
     hands.until(20)
     hands.start("long")
