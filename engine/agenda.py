@@ -24,3 +24,5 @@ ROOMY: Final = 9
 NODE_CHANGED: Final = 10
 POD_UNUSED: Final = 11
 """A Pod that may not be used again became empty."""
+CAPACITY: Final = 12
+"""Time to look whether nodes and warm Pods are as many as wanted."""

@@ -83,10 +83,12 @@ class PrefetchModel:
 
 @dataclass(frozen=True, slots=True)
 class ScaleNodes:
-    """Ask whoever owns machines for this many nodes in all. Advisory."""
+    """Ask whoever owns machines for this many nodes in all. Advisory, unless a fleet was configured."""
 
     nodes: int
     reason: str
+    leave: tuple[str, ...] = ()
+    """The nodes that are to drain and go."""
 
 
 @dataclass(frozen=True, slots=True)

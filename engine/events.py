@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.capacity import CapacityChecked, DemandForecast, FleetConfigured
 from engine.resources import Demand, GpuSpec, NodeSpec
 from engine.tasks import Estimate, FailureCause, Micros, TaskSpec
 
@@ -228,4 +229,7 @@ Event = (
     | TaskFinished
     | TaskFailed
     | TaskStopped
+    | DemandForecast
+    | FleetConfigured
+    | CapacityChecked
 )

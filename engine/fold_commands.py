@@ -93,6 +93,8 @@ def prefetch_model(state: State, now: Micros, c: PrefetchModel) -> None:
 
 def scale_nodes(state: State, now: Micros, c: ScaleNodes) -> None:
     """The number of nodes asked for."""
+    if c.nodes > state.wanted_nodes:
+        state.fleet.grown_at = now
     state.wanted_nodes = c.nodes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engine import agenda
+from engine import agenda, capacity
 from engine import events as ev
 from engine.entities import Deployment, Gpu, Node, Pod, Task
 from engine.errors import InvalidEvent
@@ -424,4 +424,7 @@ EVENT_FOLDS: dict[type, Callable[[State, Micros, Any], None]] = {
     ev.TaskFinished: task_finished,
     ev.TaskFailed: task_failed,
     ev.TaskStopped: task_stopped,
+    capacity.DemandForecast: capacity.demand_forecast,
+    capacity.FleetConfigured: capacity.fleet_configured,
+    capacity.CapacityChecked: capacity.capacity_checked,
 }

@@ -75,6 +75,16 @@ class Profile:
     scale_after_us: Micros = 0
     """Ask for more nodes when work that fits nowhere has waited this long; 0: never."""
     scale_nodes_max: int = 0
+    scale_level: int = 900
+    """Quantile of the forecast demand, in thousandths, that nodes are asked for ahead (where there is a fleet)."""
+    scale_fill_permille: int = 850
+    """Share of the nodes' GPUs that is meant to be in use."""
+    clear_us: Micros = 60 * SECOND
+    """In what time the nodes that are asked for could work off what waits."""
+    warm_ahead: bool = False
+    """Start Pods ahead where the demand forecast asks for them, and let idle ones go that it does not ask for."""
+    hold_permille: int = 50
+    """Cost of holding a Pod for a while, in thousandths of the cost of a load that takes as long."""
 
     @property
     def in_order(self) -> bool:

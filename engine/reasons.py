@@ -62,6 +62,7 @@ class Reason(StrEnum):
     UNKNOWN_POD = "unknown_pod"
     # elasticity
     PENDING_WORK = "pending_work"
+    FORECAST = "forecast"
 
 
 @dataclass(frozen=True, slots=True)

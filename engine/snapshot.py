@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from engine import codec
+from engine.capacity import DemandForecast, FleetConfigured
 from engine.codec import Plain, from_plain, to_plain
 from engine.entities import Claim, Deployment, Gpu, Group, Node, Pod, Task, Tenant
 from engine.limits import Limits
@@ -122,7 +123,18 @@ def to_data(state: State) -> Plain:
         "ignored": dict(sorted(state.ignored.items())),
         "outcomes": dict(sorted((str(k), v) for k, v in state.outcomes.items())),
         **_faults(state),
+        **_capacity(state),
     }
+
+
+def _capacity(state: State) -> dict[str, Plain]:
+    """Nothing where there is neither a fleet nor a forecast."""
+    fleet = state.fleet
+    if fleet.config is None and fleet.forecast is None and not fleet.peaks:
+        return {}
+    config, forecast = to_plain(fleet.config), to_plain(fleet.forecast)
+    peaks = [list(each) for each in fleet.peaks]
+    return {"fleet": [config, forecast, fleet.forecast_at, fleet.grown_at, peaks]}
 
 
 def _faults(state: State) -> dict[str, Plain]:
@@ -226,11 +238,21 @@ def from_data(data: Plain) -> State:
         state.deployments[method, model] = Deployment(model, method, from_plain(Demand, demand), slots, wanted)
     state.ignored.update(data["ignored"])
     state.outcomes.update(data["outcomes"])
+    if "fleet" in data:
+        _restore_capacity(state, data["fleet"])
     for name, gpu_uuid, seen in data.get("faults", []):
         state.faults[name, gpu_uuid] = [(at, source) for at, source in seen]
     for node in state.cluster.nodes:
         state.cluster.put(node)
     return state
+
+
+def _restore_capacity(state: State, data: Plain) -> None:
+    fleet = state.fleet
+    config, forecast, fleet.forecast_at, fleet.grown_at, peaks = data
+    fleet.config = None if config is None else from_plain(FleetConfigured, config)
+    fleet.forecast = None if forecast is None else from_plain(DemandForecast, forecast)
+    fleet.peaks = [(at, used) for at, used in peaks]
 
 
 def _restore_nodes(state: State, data: Plain, by_seq: dict[int, Group]) -> None:

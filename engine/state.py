@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import Protocol
 
 from engine import snapshot
+from engine.capacity import Fleet
 from engine.cluster import Cluster
 from engine.commands import Command
 from engine.entities import Claim, Deployment, Group, Pod, Task, Tenant
@@ -94,6 +95,7 @@ class State:
         self.floor = 0
         """Virtual time of the tenant that was served last."""
         self.wanted_nodes = 0
+        self.fleet = Fleet()
         self.ignored: dict[str, int] = {}
         """Reports that changed nothing (duplicates, late and unknown ones), by event type."""
         self.outcomes: dict[str, int] = {}

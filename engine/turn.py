@@ -21,7 +21,19 @@ from engine.tasks import Micros, PodState, TaskState
 class Turn:
     """Collects the orders of one step; each is applied to the state the moment it is given."""
 
-    __slots__ = ("backlog", "cold", "cold_known", "commands", "limits", "more", "now", "profile", "reasons", "state")
+    __slots__ = (
+        "backlog",
+        "check_capacity",
+        "cold",
+        "cold_known",
+        "commands",
+        "limits",
+        "more",
+        "now",
+        "profile",
+        "reasons",
+        "state",
+    )
 
     def __init__(
         self, state: State, backlog: Backlog, profile: Profile, reasons: dict[Reason, int], now: Micros
@@ -37,6 +49,8 @@ class Turn:
         """Who is next among the room lines that sleep, with the task's ticket, as of the last time it was looked for."""
         self.cold_known = False
         self.more = False
+        self.check_capacity = False
+        """Nodes and warm Pods are to be looked at in this step."""
         """A bound cut this step short: there is more to decide at once."""
 
     def order(self, command: Command) -> None:

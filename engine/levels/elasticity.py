@@ -6,6 +6,7 @@ from engine.cluster import pick_gpus
 from engine.commands import CreatePod, ScaleNodes
 from engine.entities import Deployment
 from engine.kinds import RoomLine
+from engine.levels import fleet
 from engine.levels.room import make_room
 from engine.reasons import Reason
 from engine.tasks import PodState
@@ -48,7 +49,9 @@ def _make_room(turn: Turn, d: Deployment) -> None:
 def advise(turn: Turn) -> None:
     """Ask for more nodes when work that fits nowhere has waited long; for fewer when nothing waits and nodes are empty."""
     profile, state = turn.profile, turn.state
-    if not profile.scale_after_us:
+    if turn.check_capacity:
+        fleet.check(turn)
+    if not profile.scale_after_us or state.fleet.config is not None:
         return
     cluster = state.cluster
     if state.pending == 0:

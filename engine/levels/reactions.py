@@ -149,6 +149,10 @@ def _running(turn: Turn, task: Task) -> None:
     turn.news(notify(task.req_no, TaskState.RUNNING, task.attempt, turn.now, node=node))
 
 
+def _capacity(turn: Turn, _: object) -> None:
+    turn.check_capacity = True
+
+
 def _finished(turn: Turn, task: Task) -> None:
     turn.news(notify(task.req_no, TaskState.FINISHED, task.attempt, turn.now, result=task.result))
 
@@ -255,4 +259,5 @@ REACTIONS: dict[int, Callable[[Turn, Any], None]] = {
     agenda.ROOMY: _roomy,
     agenda.NODE_CHANGED: _node_changed,
     agenda.POD_UNUSED: _pod_unused,
+    agenda.CAPACITY: _capacity,
 }

@@ -60,6 +60,11 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "keep_deployed": ("keep_deployed", "bool"),
         "scale_after_s": ("scale_after_us", "seconds"),
         "scale_nodes_max": ("scale_nodes_max", "int"),
+        "scale_level": ("scale_level", "int"),
+        "scale_fill_permille": ("scale_fill_permille", "int"),
+        "clear_s": ("clear_us", "seconds"),
+        "warm_ahead": ("warm_ahead", "bool"),
+        "hold_permille": ("hold_permille", "int"),
     },
 }
 _QUEUE_FIELDS = {

@@ -1,0 +1,187 @@
+"""Elasticity from a forecast: how many nodes there should be, and which models have Pods before anybody asks.
+
+Nodes are added for what waits and for a high quantile of the demand that is forecast over their start-up time. They go on actuals
+only: when less has been in use for a whole cool-down; a forecast may keep them, never send them away. Pods are started ahead where
+room is free and a load costs more than holding them; idle ones that no forecast asks for go when holding them has cost what a load
+does.
+"""
+
+from __future__ import annotations
+
+from engine.capacity import FleetConfigured, ModelDemand
+from engine.cluster import pick_gpus
+from engine.commands import CreatePod, ScaleNodes
+from engine.entities import Node, Pod
+from engine.reasons import Reason
+from engine.tasks import Micros, PodState
+from engine.turn import Turn
+
+CREATED_PER_CHECK = 8
+"""Pods that are started ahead at one look, so that a wrong forecast costs little."""
+STALE_HORIZONS = 2
+"""A forecast older than so many of its shortest horizon counts for nothing."""
+
+
+def check(turn: Turn) -> None:
+    """Look at nodes, then at Pods."""
+    config = turn.state.fleet.config
+    if config is not None:
+        _scale(turn, config)
+    if turn.profile.warm_ahead and turn.state.fleet.forecast is not None:
+        _let_go(turn)
+        _start_ahead(turn)
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def _scale(turn: Turn, config: FleetConfigured) -> None:
+    state, fleet = turn.state, turn.state.fleet
+    here = [node for node in state.cluster.nodes if fleet.owns(node) and node.up and not node.draining]
+    asked = state.wanted_nodes if state.wanted_nodes else len(here)
+    waiting = _by_waiting(turn, config)
+    expected = _by_forecast(turn, config)
+    needed = max(waiting, expected)
+    bounded = min(config.nodes_max, max(config.nodes_min, needed))
+    if bounded > asked:
+        reason = Reason.PENDING_WORK if waiting >= expected else Reason.FORECAST
+        turn.count(reason)
+        turn.order(ScaleNodes(bounded, reason))
+        return
+    if fleet.grown_at + config.cool_down_us > turn.now or not fleet.peaks:
+        return
+    if fleet.peaks[0][0] + config.cool_down_us > turn.now and asked <= _nodes_for(turn, config, fleet.peaks[0][1]):
+        return
+    kept = min(config.nodes_max, max(config.nodes_min, bounded, _nodes_for(turn, config, fleet.peaks[0][1])))
+    if kept < asked:
+        leave = _leaving(here, len(here) - kept)
+        turn.count(Reason.IDLE)
+        turn.order(ScaleNodes(kept, Reason.IDLE, leave))
+
+
+def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
+    """Return the nodes for what is in use, and for what waits to be worked off within `clear_us`."""
+    used = turn.state.fleet.peaks[-1][1] if turn.state.fleet.peaks else 0
+    clear_us = max(1, turn.profile.clear_us)
+    waits = 0
+    for line in turn.backlog.open_rooms:
+        head = line.head()
+        if not line.live or head is None:
+            continue
+        task = head[1]
+        gpus = line.members * line.fit.demand.gpus * line.fit.demand.gpu_share
+        run_us = max(1, task.predicted_us) // max(1, task.spec.slots)
+        # What runs longer than the backlog may take needs its GPUs at once, but no more than those.
+        waits += line.live * gpus * min(run_us, clear_us) // clear_us
+    return _nodes_for(turn, config, used + waits)
+
+
+def _by_forecast(turn: Turn, config: FleetConfigured) -> int:
+    """Return the nodes for the demand expected while a node would start."""
+    fleet = turn.state.fleet
+    forecast = fleet.forecast
+    if forecast is None or fleet.forecast_at + STALE_HORIZONS * forecast.horizons_us[0] < turn.now:
+        return 0
+    horizon = fleet.horizon_of(config.start_us)
+    gpu_us = fleet.quantile(horizon, turn.profile.scale_level)
+    return _nodes_for(turn, config, 1000 * gpu_us // forecast.horizons_us[horizon])
+
+
+def _nodes_for(turn: Turn, config: FleetConfigured, used: int) -> int:
+    """Return how many nodes of the fleet so many thousandths of GPUs need, besides the GPUs that are there anyway."""
+    fleet = turn.state.fleet
+    others = sum(
+        1000 * len(node.gpus)
+        for node in turn.state.cluster.nodes
+        if not fleet.owns(node) and node.up and not node.draining
+    )
+    filled = max(1, turn.profile.scale_fill_permille)
+    return -(-max(0, used * 1000 // filled - others) // (1000 * config.gpus))
+
+
+def _leaving(here: list[Node], count: int) -> tuple[str, ...]:
+    """Return the names of those that go: the emptiest, of equals the last to come."""
+    if count <= 0:
+        return ()
+    order = sorted(here, key=lambda node: (_busy(node), -node.index))
+    return tuple(node.name for node in order[:count])
+
+
+def _busy(node: Node) -> int:
+    return sum([sum([grant.share for grant in pod.grants]) for pod in node.pods.values() if pod.tasks])
+
+
+# --- Pods -------------------------------------------------------------------------------------------------------------
+
+
+def wanted_ahead(turn: Turn, each: ModelDemand) -> int:
+    """Return how many Pods of a model to have, by the newsvendor's rule: the last one is worth its hold against a load."""
+    fleet = turn.state.fleet
+    forecast = fleet.forecast
+    if forecast is None:
+        return 0
+    horizon_us = forecast.horizons_us[0]
+    load_us = max(1, turn.profile.reload_us)
+    hold_us = horizon_us * turn.profile.hold_permille // 1000
+    level = 1000 * load_us // (load_us + max(1, hold_us))
+    if level < forecast.levels_permille[0]:
+        return 0
+    run_us = each.run_us[0][_not_above(forecast.levels_permille, level)]
+    return -(-run_us // (horizon_us * each.slots))
+
+
+def _not_above(levels: tuple[int, ...], level: int) -> int:
+    """Return the place of the highest given level that is not above one."""
+    found = 0
+    for place, each in enumerate(levels):
+        if each <= level:
+            found = place
+    return found
+
+
+def _start_ahead(turn: Turn) -> None:
+    state, backlog = turn.state, turn.backlog
+    forecast = state.fleet.forecast
+    if forecast is None or state.pending or _is_stale(turn):
+        return
+    created = 0
+    for each in forecast.models:
+        lacking = wanted_ahead(turn, each) - len(backlog.by_model.get((each.method, each.model), ()))
+        while lacking > 0 and created < CREATED_PER_CHECK:
+            node = backlog.fit(each.demand).best()
+            grants = pick_gpus(node, each.demand) if node is not None else None
+            if node is None or grants is None:
+                break
+            turn.count(Reason.FORECAST)
+            turn.order(CreatePod(state.next_pod, node.name, each.method, each.model, grants, each.demand, each.slots))
+            lacking -= 1
+            created += 1
+
+
+def _is_stale(turn: Turn) -> bool:
+    fleet = turn.state.fleet
+    return fleet.forecast is None or fleet.forecast_at + STALE_HORIZONS * fleet.forecast.horizons_us[0] < turn.now
+
+
+def _let_go(turn: Turn) -> None:
+    """Let idle Pods go that cost more to hold than to load again, unless the forecast or a deployment wants them."""
+    hold = turn.profile.hold_permille
+    forecast = turn.state.fleet.forecast
+    if not hold or forecast is None or _is_stale(turn):
+        return
+    wanted = {(each.method, each.model): wanted_ahead(turn, each) for each in forecast.models}
+    for pod in list(turn.backlog.idle.values()):
+        key = (pod.method, pod.model)
+        if not _is_idle(pod) or turn.now - pod.idle_since < _worth_us(turn, pod) * 1000 // hold:
+            continue
+        if len(turn.backlog.by_model.get(key, ())) <= wanted.get(key, 0) or turn.is_kept(pod):
+            continue
+        turn.delete(pod, Reason.IDLE)
+
+
+def _is_idle(pod: Pod) -> bool:
+    return not pod.tasks and pod.state in (PodState.READY, PodState.IDLE)
+
+
+def _worth_us(turn: Turn, pod: Pod) -> Micros:
+    return turn.backlog.idle_pods.load_us(pod)
