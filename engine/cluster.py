@@ -55,8 +55,8 @@ class Cluster:
         """Grows with every change of a row."""
         self.cached: dict[str, dict[int, None]] = {}
         """Model -> rows of the nodes whose cache probably holds it."""
-        self._holders: dict[str, npt.NDArray[np.bool_]] = {}
-        """The same as vectors, for models that many nodes hold."""
+        self._places: dict[str, npt.NDArray[np.int8]] = {}
+        """The same as vectors of `place_code`, for models that many nodes hold."""
         self.topology = 0
         """Grows when what nodes have in all changed."""
         self._trials: list[Trial] = []
@@ -256,40 +256,56 @@ class Cluster:
             del models[model]
         else:
             self.cached.setdefault(model, {})[node.index] = None
-            mask = self._holders.get(model)
-            if mask is not None and node.index < len(mask):
-                mask[node.index] = True
         models[model] = None
+        self.place_changed(node, model)
         if len(models) > most:
             oldest = next(iter(models))
-            del models[oldest]
-            self._uncache(node, oldest)
+            self.forget_model(node, oldest)
 
     def forget_models(self, node: Node) -> None:
         """Note that nothing is known of a node's cache."""
         for model in node.models:
             self._uncache(node, model)
         node.models.clear()
+        node.expected.clear()
+        node.pins.clear()
+        node.tiers = None
+
+    def forget_model(self, node: Node, model: str) -> None:
+        """Note that a node's cache does not hold a model any more."""
+        if model in node.models:
+            del node.models[model]
+            self._uncache(node, model)
+        node.expected.pop(model, None)
+        if node.tiers is not None:
+            node.tiers.pop(model, None)
 
     def _uncache(self, node: Node, model: str) -> None:
         rows = self.cached[model]
         del rows[node.index]
         if not rows:
             del self.cached[model]
-            self._holders.pop(model, None)
+            self._places.pop(model, None)
         else:
-            mask = self._holders.get(model)
-            if mask is not None and node.index < len(mask):
-                mask[node.index] = False
+            places = self._places.get(model)
+            if places is not None and node.index < len(places):
+                places[node.index] = 0
 
-    def holders(self, model: str) -> npt.NDArray[np.bool_]:
-        """Return for every node whether its cache probably holds a model."""
-        mask = self._holders.get(model)
-        if mask is None or len(mask) != len(self.nodes):
-            mask = np.zeros(len(self.nodes), dtype=np.bool_)
-            mask[list(self.cached.get(model, ()))] = True
-            self._holders[model] = mask
-        return mask
+    def place_changed(self, node: Node, model: str) -> None:
+        """Note that a node holds a model, maybe somewhere else than before."""
+        places = self._places.get(model)
+        if places is not None and node.index < len(places):
+            places[node.index] = place_code(node, model)
+
+    def places(self, model: str) -> npt.NDArray[np.int8]:
+        """Return for every node where it holds a model, as `place_code` says it."""
+        places = self._places.get(model)
+        if places is None or len(places) != len(self.nodes):
+            places = np.zeros(len(self.nodes), dtype=np.int8)
+            for row in self.cached.get(model, ()):
+                places[row] = place_code(self.nodes[row], model)
+            self._places[model] = places
+        return places
 
     def amounts(self, demand: Demand) -> list[tuple[int, int]]:
         """Return (column, amount) for everything besides GPUs that a demand asks for."""
@@ -343,3 +359,13 @@ def pick_gpus(node: Node, demand: Demand) -> tuple[GpuGrant, ...] | None:
         fitting.sort(key=lambda g: (g.share_free, g.memory_free))
         return tuple(GpuGrant(g.uuid, share, memory) for g in fitting[: demand.gpus])
     return tuple(GpuGrant(g.uuid, WHOLE_GPU, g.memory_bytes) for g in fitting[: demand.gpus])
+
+
+def place_code(node: Node, model: str) -> int:
+    """Return where a node holds a model: 0 nowhere, 1 it never reported, 2 on its disk (or soon), 3 in its memory."""
+    if model not in node.models:
+        return 0
+    tiers = node.tiers
+    if tiers is None:
+        return 1
+    return 3 if tiers.get(model, 0) > 1 else 2

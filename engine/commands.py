@@ -75,10 +75,25 @@ class StopTask:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchModel:
-    """Bring a model's files to a node's cache ahead of need."""
+    """Bring a model's files to a node's cache ahead of need.
+
+    Where that fails nobody is told: whoever needs the model will find out.
+    """
 
     node: str
     model: str
+    pin: bool = False
+    """The files stay until they are released."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseModel:
+    """Let a node's cache evict a model again."""
+
+    node: str
+    model: str
+    drop: bool = False
+    """Remove the files now, unless a Pod uses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +127,4 @@ class Notify:
     """Room that a PENDING task claims."""
 
 
-Command = CreatePod | DeletePod | StartTask | StopTask | PrefetchModel | ScaleNodes | Notify
+Command = CreatePod | DeletePod | StartTask | StopTask | PrefetchModel | ReleaseModel | ScaleNodes | Notify

@@ -114,14 +114,17 @@ class Node:
         "cordoned",
         "draining",
         "exclusive",
+        "expected",
         "free",
         "gpus",
         "groups",
         "index",
         "models",
         "name",
+        "pins",
         "pods",
         "spec",
+        "tiers",
         "up",
     )
 
@@ -143,6 +146,12 @@ class Node:
         self.pods: dict[int, Pod] = {}
         self.models: dict[str, None] = {}
         """Models its cache probably holds, the last used one last."""
+        self.tiers: dict[str, int] | None = None
+        """Models it reported, with the rank of where they lie (`engine.stock`); None: it never did."""
+        self.expected: dict[str, Micros] = {}
+        """Models that were ordered there and that it did not report yet, with the time of the order; kept where it reports."""
+        self.pins: dict[str, None] = {}
+        """Models that stay in its cache."""
         # derived
         self.groups: dict[int, Group] = {}
         """Groups bound here, by their sequence number."""
@@ -160,6 +169,7 @@ class Pod:
         "doomed",
         "grants",
         "idle_since",
+        "loads_from",
         "method",
         "model",
         "node",
@@ -194,6 +204,8 @@ class Pod:
         self.reason = ""
         self.claimed_by = ""
         """The task whose room it stands in."""
+        self.loads_from = -1
+        """Rank of where its model's files lay when it was ordered (`engine.stock`); -1: unknown."""
         # derived
         self.devices_open = True
         """Whether every device under it is present, well and not drained."""

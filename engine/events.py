@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.capacity import CapacityChecked, DemandForecast, FleetConfigured
-from engine.resources import Demand, GpuSpec, NodeSpec
+from engine.resources import Demand, GpuSpec, NodeSpec, ResidentModel
 from engine.tasks import Estimate, FailureCause, Micros, TaskSpec
 
 # --- from customers, through SS -------------------------------------------------------------------------------------
@@ -118,6 +118,10 @@ class NodeReported:
     gpus: tuple[GpuSpec, ...]
     gpu_memory_used: tuple[tuple[str, int], ...] = ()
     gpu_busy_permille: tuple[tuple[str, int], ...] = ()
+    resident: tuple[ResidentModel, ...] | None = None
+    """All models whose files it holds, those that matter most first; None: nothing is said about them."""
+    cache_counts: tuple[tuple[str, int], ...] = ()
+    """What happened to its model caches since they were made, for monitoring (`disk_hits`, `disk_bytes_in` ...)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engine.commands import CreatePod, DeletePod, Notify, PrefetchModel, Room, ScaleNodes, StartTask, StopTask
-from engine.entities import Claim, Pod, Task
+from engine.commands import (
+    CreatePod,
+    DeletePod,
+    Notify,
+    PrefetchModel,
+    ReleaseModel,
+    Room,
+    ScaleNodes,
+    StartTask,
+    StopTask,
+)
+from engine.entities import Claim, Node, Pod, Task
 from engine.fold_tasks import (
     begin_attempt,
     bind_rank,
@@ -38,7 +48,10 @@ def create_pod(state: State, now: Micros, c: CreatePod) -> None:
     state.pods[c.pod] = pod
     node.pods[c.pod] = pod
     state.cluster.take(node, c.grants, c.demand)
-    state.cluster.remember_model(node, c.model, state.limits.models_per_node)
+    tiers = node.tiers
+    if tiers is not None:
+        pod.loads_from = tiers.get(c.model, 0)
+    _expect(state, node, c.model, now)
     state.watch.check_pod(pod, now + state.limits.pod_start_us)
     if task is not None:
         move(task, TaskCause.BIND)
@@ -88,7 +101,25 @@ def stop_task(state: State, now: Micros, c: StopTask) -> None:
 
 def prefetch_model(state: State, now: Micros, c: PrefetchModel) -> None:
     """A node will soon have the model in its cache."""
-    state.cluster.remember_model(state.cluster.by_name[c.node], c.model, state.limits.models_per_node)
+    node = state.cluster.by_name[c.node]
+    _expect(state, node, c.model, now)
+    if c.pin:
+        node.pins[c.model] = None
+
+
+def release_model(state: State, now: Micros, c: ReleaseModel) -> None:
+    """A node's cache may evict the model, or has to."""
+    node = state.cluster.by_name[c.node]
+    node.pins.pop(c.model, None)
+    if c.drop and not any(pod.model == c.model for pod in node.pods.values()):
+        state.cluster.forget_model(node, c.model)
+
+
+def _expect(state: State, node: Node, model: str, now: Micros) -> None:
+    """Take a model for cached on a node from the order on."""
+    if model and node.tiers is not None and model not in node.tiers:
+        node.expected[model] = now
+    state.cluster.remember_model(node, model, state.limits.models_per_node)
 
 
 def scale_nodes(state: State, now: Micros, c: ScaleNodes) -> None:
@@ -173,6 +204,7 @@ COMMAND_FOLDS: dict[type, Callable[[State, Micros, Any], None]] = {
     StartTask: start_task,
     StopTask: stop_task,
     PrefetchModel: prefetch_model,
+    ReleaseModel: release_model,
     ScaleNodes: scale_nodes,
     Notify: notify,
 }

@@ -23,6 +23,7 @@ from engine.fold_tasks import (
     unplace,
 )
 from engine.lifecycle import PodCause, TaskCause, next_pod_state
+from engine.stock import learn_load, take_stock
 from engine.tasks import FailureCause, Micros, PodState, TaskState
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ def node_reported(state: State, now: Micros, e: ev.NodeReported) -> None:
     if node is None or not node.up:
         state.ignore(e)
         return
+    if e.resident is not None:
+        take_stock(state, now, node, e.resident)
     if tuple(e.gpus) == node.spec.gpus:
         return
     spec = node.spec
@@ -260,6 +263,7 @@ def pod_started(state: State, now: Micros, e: ev.PodStarted) -> None:
         state.ignore(e)
         return
     pod.state = next_pod_state(pod.state, PodCause.START)
+    learn_load(state, pod, now - pod.created_at)
     if pod.model:
         for grant in pod.grants:
             gpu = pod.node.by_uuid[grant.uuid]

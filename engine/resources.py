@@ -7,6 +7,7 @@ Any resource an operator names travels in ``extra`` as sorted ``(name, amount)``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 WHOLE_GPU = 1000
 """A whole GPU, in thousandths."""
@@ -22,6 +23,25 @@ class GpuSpec:
     """Product name that prices, filters and predictions key on (``a100``, ``h100``, ``cpu``)."""
     memory_bytes: int
     healthy: bool = True
+
+
+class Tier(StrEnum):
+    """Where a node holds a model's files, the farthest first. What it does not hold comes from the file store."""
+
+    DISK = "disk"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentModel:
+    """A model whose files a node holds."""
+
+    model: str
+    tier: Tier = Tier.DISK
+    """The nearest one."""
+    size_bytes: int = 0
+    pinned: bool = False
+    """It stays until it is released."""
 
 
 @dataclass(frozen=True, slots=True)

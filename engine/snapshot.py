@@ -124,7 +124,18 @@ def to_data(state: State) -> Plain:
         "outcomes": dict(sorted((str(k), v) for k, v in state.outcomes.items())),
         **_faults(state),
         **_capacity(state),
+        **_ahead(state),
     }
+
+
+def _ahead(state: State) -> dict[str, Plain]:
+    """Nothing where no node ever reported its caches and nothing was brought ahead."""
+    known: dict[str, Plain] = {}
+    if any(state.loads_us):
+        known["loads_us"] = list(state.loads_us)
+    if state.look_ahead_at:
+        known["look_ahead_at"] = state.look_ahead_at
+    return known
 
 
 def _capacity(state: State) -> dict[str, Plain]:
@@ -165,7 +176,18 @@ def _node(node: Node) -> Plain:
         "gpus": [_get(gpu, _GPU) for gpu in node.gpus],
         "free": node.free,
         "models": list(node.models),
+        **_stock(node),
     }
+
+
+def _stock(node: Node) -> dict[str, Plain]:
+    """Return what is known of a node's caches beyond guesses; nothing where it never reported."""
+    known: dict[str, Plain] = {}
+    if node.tiers is not None:
+        known["tiers"], known["expected"] = dict(node.tiers), dict(node.expected)
+    if node.pins:
+        known["pins"] = list(node.pins)
+    return known
 
 
 def _pod(pod: Pod) -> Plain:
@@ -177,6 +199,7 @@ def _pod(pod: Pod) -> Plain:
         "state": str(pod.state),
         "tasks": pod.tasks,
         "doomed": to_plain(pod.doomed),
+        **({"loads_from": pod.loads_from} if pod.loads_from >= 0 else {}),
     }
 
 
@@ -242,6 +265,8 @@ def from_data(data: Plain) -> State:
         _restore_capacity(state, data["fleet"])
     for name, gpu_uuid, seen in data.get("faults", []):
         state.faults[name, gpu_uuid] = [(at, source) for at, source in seen]
+    state.loads_us = list(data.get("loads_us", state.loads_us))
+    state.look_ahead_at = data.get("look_ahead_at", 0)
     for node in state.cluster.nodes:
         state.cluster.put(node)
     return state
@@ -278,6 +303,9 @@ def _restore_nodes(state: State, data: Plain, by_seq: dict[int, Group]) -> None:
         node.free[: len(each["free"])] = each["free"]
         for model in each["models"]:
             cluster.remember_model(node, model, state.limits.models_per_node)
+        node.tiers = dict(each["tiers"]) if "tiers" in each else None
+        node.expected = dict(each.get("expected", {}))
+        node.pins = dict.fromkeys(each.get("pins", ()))
 
 
 def _restore_pod(state: State, data: Plain) -> None:
@@ -288,6 +316,7 @@ def _restore_pod(state: State, data: Plain) -> None:
     pod.state = PodState(data["state"])
     pod.tasks = dict(data["tasks"])
     pod.doomed = None if data["doomed"] is None else FailureCause(data["doomed"])
+    pod.loads_from = data.get("loads_from", -1)
     state.pods[pod.number] = pod
     node.pods[pod.number] = pod
 

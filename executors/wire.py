@@ -19,7 +19,14 @@ from engine.protocol import messages as m
 MAX_BYTES = 64 * 1024
 _ITEMS_BYTES = MAX_BYTES - 512
 
-_ORDER_TAGS: dict[int, type] = {20: m.CreatePod, 21: m.DeletePod, 22: m.Dispatch, 23: m.Kill, 24: m.Prefetch}
+_ORDER_TAGS: dict[int, type] = {
+    20: m.CreatePod,
+    21: m.DeletePod,
+    22: m.Dispatch,
+    23: m.Kill,
+    24: m.Prefetch,
+    25: m.Release,
+}
 _REPORT_TAGS: dict[int, type] = {
     40: m.PodUp,
     41: m.PodDown,

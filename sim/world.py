@@ -13,7 +13,17 @@ from typing import Any, assert_never
 
 import simpy
 
-from engine.commands import Command, CreatePod, DeletePod, Notify, PrefetchModel, ScaleNodes, StartTask, StopTask
+from engine.commands import (
+    Command,
+    CreatePod,
+    DeletePod,
+    Notify,
+    PrefetchModel,
+    ReleaseModel,
+    ScaleNodes,
+    StartTask,
+    StopTask,
+)
 from engine.events import (
     Event,
     NodeJoined,
@@ -107,6 +117,8 @@ class SimWorld:
                 self._attempts.stop(command)
             case PrefetchModel():
                 self._prefetch(command)
+            case ReleaseModel():
+                self._release(command)
             case ScaleNodes():
                 self.count("scale_advice")
             case _:
@@ -268,6 +280,14 @@ class SimWorld:
             self.count("prefetches")
             factor = lognormal(self.hardware.load_sigma, self.seed, "prefetch", order.model, order.node)
             self._fetch(node, order.model, round(factor * self.hardware.fetch_us(size)))
+
+    def _release(self, order: ReleaseModel) -> None:
+        node = self.nodes.get(order.node)
+        if node is not None and node.up:
+            node.disk.unpin(order.model)
+            if order.drop and not any(pod.order.model == order.model for pod in node.pods.values()):
+                node.disk.drop(order.model)
+                node.memory.drop(order.model)
 
     def _pod_ready(self, number: int, life: int) -> None:
         pod = self.pods.get(number)

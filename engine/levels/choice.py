@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.commands import Notify
 from engine.entities import Node, Pod, Task
 from engine.kinds import RoomLine, Shape
 from engine.levels.speed import fastest
+from engine.levels.warmth import warmest
 from engine.making import start_task
+from engine.stock import spared_permille
 from engine.tasks import PodState, TaskState
 from engine.turn import Turn
-
-FEW = 32
-"""Nodes that are looked at one by one; more of them all at once."""
 
 
 def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
@@ -39,19 +36,8 @@ def choose_node(turn: Turn, line: RoomLine, task: Task, shape: Shape) -> Node | 
         return group.node
     bonus, weight = turn.profile.cached_model_bonus, turn.profile.gpu_speed_weight
     if weight:
-        return fastest(cluster, fit, task, weight, bonus)
-    if not bonus or task.spec.model in best.models:
-        return best
-    top = (fit.score(best) - bonus, -best.index)
-    rows = cluster.cached.get(task.spec.model, {})
-    if len(rows) > FEW:
-        row = int(np.where(cluster.holders(task.spec.model), fit.scores, -1).argmax())
-        rows = {row: None}
-    for row in rows:
-        score = int(fit.scores[row])
-        if score >= 0 and (score, -row) > top:
-            best, top = cluster.nodes[row], (score, -row)
-    return best
+        return fastest(cluster, fit, task, weight, bonus, spared_permille(turn.state))
+    return warmest(turn.state, fit, best, task.spec.model, bonus) if bonus else best
 
 
 def room_version(turn: Turn) -> tuple[int, int, int]:

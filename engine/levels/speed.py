@@ -10,9 +10,12 @@ import numpy as np
 from engine.cluster import Cluster
 from engine.entities import Node, Task
 from engine.fit import Fit
+from engine.levels.warmth import EVERYWHERE, Spared, add_warmth
 
 
-def fastest(cluster: Cluster, fit: Fit, task: Task, weight: int, cached_bonus: int) -> Node | None:
+def fastest(
+    cluster: Cluster, fit: Fit, task: Task, weight: int, cached_bonus: int, spared: Spared = EVERYWHERE
+) -> Node | None:
     """Return the node with the best score, where a GPU model that runs the task in the shortest time adds the whole weight.
 
     A model that takes twice the time adds half of it, and so on; a node's GPUs count as of the model of its first one. None when
@@ -29,6 +32,5 @@ def fastest(cluster: Cluster, fit: Fit, task: Task, weight: int, cached_bonus: i
         least = min(run_us)
         bonus = np.array([weight * least // each for each in run_us] + [0], dtype=np.int64)
         scores += bonus[cluster.gpu_model[: len(scores), 0]]
-    for row in cluster.cached.get(task.spec.model, ()):
-        scores[row] += cached_bonus
+    add_warmth(cluster, spared, scores, task.spec.model, cached_bonus)
     return cluster.nodes[int(np.where(good, scores, -1).argmax())]

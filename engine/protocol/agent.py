@@ -40,7 +40,7 @@ class KillPods:
     reason: str
 
 
-Effect = m.CreatePod | m.DeletePod | m.Dispatch | m.Kill | m.Prefetch | KillPods
+Effect = m.CreatePod | m.DeletePod | m.Dispatch | m.Kill | m.Prefetch | m.Release | KillPods
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,7 +434,7 @@ class AgentMachine:
             case m.Kill():
                 if m.attempt_key(order) in self.attempts:
                     self._effects.append(order)
-            case m.Prefetch():
+            case m.Prefetch() | m.Release():
                 self._effects.append(order)
             case m.UnknownItem():
                 self._out.append(m.Nack(self._session, number, m.NackReason.UNKNOWN, order.detail))

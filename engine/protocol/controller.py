@@ -126,6 +126,10 @@ class Controller:
                         self._order(link, m.Prefetch(self._payloads.prefetch(command)))
                     except PayloadRefused:
                         pass
+            case c.ReleaseModel():
+                link = self._links.get(command.node)
+                if link is not None and link.stage is Stage.JOINED:
+                    self._order(link, m.Release(command.model, command.drop))
             case c.ScaleNodes() | c.Notify():
                 pass
 

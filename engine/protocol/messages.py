@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from engine.resources import GpuSpec, NodeSpec
+from engine.resources import GpuSpec, NodeSpec, ResidentModel
 
 PROTO_MIN = 1
 PROTO_MAX = 1
@@ -91,6 +91,14 @@ class Prefetch:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """RELEASE: let the node's cache evict a model again; with `drop` its files go now unless a Pod uses them."""
+
+    model: str
+    drop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownItem:
     """An item that this end does not know or cannot read; it takes its number in the stream and is answered by a NACK."""
 
@@ -98,7 +106,7 @@ class UnknownItem:
     detail: str = ""
 
 
-Order = CreatePod | DeletePod | Dispatch | Kill | Prefetch | UnknownItem
+Order = CreatePod | DeletePod | Dispatch | Kill | Prefetch | Release | UnknownItem
 
 # --- items: reports, from the node to the scheduler -----------------------------------------------------------------
 
@@ -167,11 +175,14 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """DEVICES: what the node's DevicePlugin sees now."""
+    """DEVICES: what the node's DevicePlugin sees now, and what lies in its model caches."""
 
     gpus: tuple[GpuSpec, ...]
     memory_used: tuple[tuple[str, int], ...] = ()
     busy_permille: tuple[tuple[str, int], ...] = ()
+    resident: tuple[ResidentModel, ...] | None = None
+    """All models whose files it holds; None: nothing is said about them."""
+    cache_counts: tuple[tuple[str, int], ...] = ()
 
 
 Report = PodUp | PodDown | Started | Done | Failed | Stopped | Devices | UnknownItem

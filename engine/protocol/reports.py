@@ -44,7 +44,9 @@ def event_of(link: Link, item: m.Report) -> e.Event | None:
             if link.forget_pod(item.pod):
                 return e.PodStopped(item.pod, _cause(item.cause), item.detail)
         case m.Devices():
-            return e.NodeReported(link.name, item.gpus, item.memory_used, item.busy_permille)
+            return e.NodeReported(
+                link.name, item.gpus, item.memory_used, item.busy_permille, item.resident, item.cache_counts
+            )
         case m.UnknownItem():
             pass
     return None

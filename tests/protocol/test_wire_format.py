@@ -28,6 +28,7 @@ SAMPLES: list[m.Message] = [
             m.Dispatch("r", 1, 0, 1, {"prompt": "ein Bär", "steps": 20, "list": [1, 2.5, None, True]}, "cp"),
             m.Kill("r", 1, 0, 1, 10, True),
             m.Prefetch({"id": "m"}),
+            m.Release("m", True),
         ),
         9,
     ),
