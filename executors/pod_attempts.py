@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import shutil
 import sys
 import time
@@ -16,12 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.tasks import FailureCause
 from executors.dfs import ObjectFileStore, open_store
 from executors.methods import registry
-from executors.methods.base import Cancelled, InputRefused, Method, MethodResult, ModelMissing, NotFinite
+from executors.methods.base import Cancelled, GivenAdapter, InputRefused, Method, MethodResult, ModelMissing, NotFinite
 from executors.methods.parameters import PARAMETERS, ParameterError, validate
 from executors.methods.together import SharedMethod
 from executors.pod_checkpoints import STORE_ERRORS, CheckpointShelf
 from executors.pod_main import PROGRESS_PERIOD_S, Link, Order, Orders, PodSpec, cleared, log_tail
 from executors.pod_models import ModelCache
+from executors.pod_previews import Previews
+from executors.terms import AdapterTerms, Terms, TermsWrong
 
 _DETAIL_CHARS = 1024
 _GPU_LOST = (
@@ -58,9 +62,20 @@ class Attempt:
     """What a method gets for one run: its own directories, progress, stop, files and models (`MethodContext`)."""
 
     def __init__(
-        self, order: Order, spec: PodSpec, link: Link, orders: Orders, models: ModelCache, store: ObjectFileStore
+        self,
+        order: Order,
+        spec: PodSpec,
+        link: Link,
+        orders: Orders,
+        models: ModelCache,
+        store: ObjectFileStore,
+        previews: Previews,
     ) -> None:
         self._key = order.key
+        self._terms = Terms.from_json(order.terms)
+        self._fetched: list[AdapterTerms] = []
+        self._previews = previews
+        self._preview = ""
         self._link = link
         self._orders = orders
         self._models = models
@@ -75,6 +90,49 @@ class Attempt:
         self.device = spec.device
         self.cache_dir = models.cache_dir.parent / "priors"
         self.checkpoint = self._shelf.restore(order.checkpoint, self._directory / "checkpoint")
+        self.model = self._terms.model
+        self.priority = self._terms.priority
+        self.adapters: tuple[GivenAdapter, ...] = ()
+
+    def take_adapters(self, held: str) -> None:
+        """Bring the adapters' files to this node; the Pod's model is, or was made from, the base `held`. Raises as `_adapter`."""
+        self.adapters = tuple(self._adapter(each, held) for each in self._terms.adapters)
+
+    def _adapter(self, terms: AdapterTerms, held: str) -> GivenAdapter:
+        """Bring an adapter's files to this node; raises ModelMissing, InputRefused for one that belongs to another base."""
+        if terms.base and terms.base != held:
+            raise InputRefused(
+                "adapters", f"{terms.model} was trained on {terms.base}, this Pod holds {held}; use models of one base"
+            )
+        try:
+            folder = self._models.fetch(terms.model, terms.files)
+        except ModelMissing as error:
+            raise ModelMissing(f"adapter {terms.model}: {error}") from error
+        self._fetched.append(terms)
+        identity = hashlib.sha256(json.dumps(sorted(terms.files.items())).encode()).hexdigest()[:16]
+        return GivenAdapter(terms.model, folder, terms.weight, terms.pinned, identity)
+
+    def leave(self) -> None:
+        """Let go of what was fetched, and of the previews."""
+        while self._fetched:
+            self._models.release(self._fetched.pop().files)
+        if self._preview:
+            self._previews.forget(self._name)
+
+    @property
+    def _name(self) -> str:
+        req_no, attempt, rank = self._key
+        return f"{req_no}/{attempt}.{rank}"
+
+    def preview(self, picture: Any) -> None:
+        """Show a small picture of what there is so far: it becomes a file, whose id goes out with the progress."""
+        self._preview = self._preview or "-"
+        self._previews.show(self._name, picture, self._announce_preview)
+
+    def _announce_preview(self, file_id: str) -> None:
+        self._preview = file_id
+        self._unsent = self._last
+        self.flush()
 
     @property
     def output_dir(self) -> Path:
@@ -93,7 +151,16 @@ class Attempt:
         """Send the progress that was held back."""
         if self._unsent is not None:
             done, total, note = self._unsent
-            self._link.send("progress", key=self._key, done=done, total=total, note=note, checkpoint=self._announced)
+            preview = "" if self._preview == "-" else self._preview
+            self._link.send(
+                "progress",
+                key=self._key,
+                done=done,
+                total=total,
+                note=note,
+                checkpoint=self._announced,
+                preview=preview,
+            )
             self._unsent = None
             self._sent_at = time.monotonic()
 
@@ -166,6 +233,7 @@ class Attempts:
         """What ended the use of the device in this process."""
         self._models = ModelCache.from_json(spec.models)
         self._store = open_store(spec.store_url)
+        self._previews = Previews(self._store)
         self._method = _create(spec)
         _cap_gpu_memory(spec)
         self._method.load(self._models.resolve(spec.model), spec.device)
@@ -176,13 +244,22 @@ class Attempts:
         attempt: Attempt | None = None
         began = time.monotonic()
         try:
-            attempt = Attempt(order, self._spec, self._link, self._orders, self._models, self._store)
+            attempt = Attempt(order, self._spec, self._link, self._orders, self._models, self._store, self._previews)
             parameters = self._validate(order.parameters)
+            attempt.take_adapters(str(self._spec.model.get("base") or self._spec.model.get("id") or ""))
             result = self._method.run(parameters, attempt)
             attempt.flush()
             run_us = round((time.monotonic() - began) * 1e6)
             kept = attempt.keep(result)
-            self._link.send("finished", key=order.key, result=kept, run_us=run_us, peak=result.peak_gpu_memory_bytes)
+            self._link.send(
+                "finished",
+                key=order.key,
+                result=kept,
+                run_us=run_us,
+                peak=result.peak_gpu_memory_bytes,
+                alone_us=max(1, run_us - result.company_us),
+                company_permille=result.company_permille,
+            )
             attempt.clear_checkpoints()
         except Cancelled as cancelled:
             self._report_stop(order, attempt, cancelled)
@@ -192,6 +269,8 @@ class Attempts:
                 self.broken_by = cause_of(error)
                 return False
         finally:
+            if attempt is not None:
+                attempt.leave()
             self._remove_directory(order)
         return True
 
@@ -249,7 +328,7 @@ class Attempts:
         summary = f"{type(error).__name__}: {error}"[:_DETAIL_CHARS]
         detail = (
             summary
-            if isinstance(error, ParameterError | InputRefused)
+            if isinstance(error, TermsWrong | ParameterError | InputRefused)
             else f"{summary}\n{log_tail(Path(self._spec.log))}"
         )
         self._link.send("failed", key=order.key, cause=cause_of(error), detail=detail, peak=_peak_gpu_memory())
@@ -267,7 +346,9 @@ def cause_of(error: BaseException) -> FailureCause:
         return FailureCause.MODEL_MISSING
     if isinstance(error, NotFinite):
         return FailureCause.NOT_FINITE
-    if isinstance(error, ParameterError | InputRefused | InputFileMissing | ValidationError | UnknownMethod):
+    if isinstance(
+        error, TermsWrong | ParameterError | InputRefused | InputFileMissing | ValidationError | UnknownMethod
+    ):
         return FailureCause.BAD_INPUT
     if isinstance(error, RuntimeError) and any(sign in text for sign in _GPU_LOST):
         return FailureCause.GPU_LOST

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from executors.batching.batch import RunningBatch
+from executors.batching.company import Company, Part, StepShare
 from executors.batching.requests import BatchEvent, Failed, Finished, KeptPicture, PictureRequest, Previewed, Stepped
+
+_UNIT_PX = 512 * 512
 
 Progress = Callable[[int, int, str], None]
 """Called between two steps with the steps done and in all, over all pictures of a job, and how many of them are made."""
+
+
+def _unseen(_picture: Any) -> None:
+    """Show nobody."""
 
 
 class Stopped(Exception):
@@ -32,6 +40,8 @@ class _Job:
     pictures: dict[str, KeptPicture]
     progress: Progress
     should_stop: Callable[[], bool]
+    preview: Callable[[Any], None] = _unseen
+    share: StepShare = field(default_factory=StepShare)
     steps: dict[str, tuple[int, int]] = field(default_factory=dict)
     made: dict[int, Any] = field(default_factory=dict)
     count: int = 0
@@ -48,6 +58,7 @@ class SharedBatch:
         self._arrived: list[_Job] = []
         self._jobs: dict[str, _Job] = {}
         """Jobs by the id of each of their pictures that is in the batch."""
+        self._company = Company()
         self._number = 0
         self._closed = False
 
@@ -57,17 +68,21 @@ class SharedBatch:
         made: Mapping[int, Any],
         progress: Progress,
         should_stop: Callable[[], bool],
+        *,
+        preview: Callable[[Any], None] = _unseen,
+        share: StepShare | None = None,
     ) -> dict[int, Any]:
         """Make the pictures of a job, by place, and wait for them; returns them together with those `made` before.
 
         Raises Stopped, or the error of the first picture that failed (the others of the job are dropped then). The callables
-        are called by the serving thread.
+        are called by the serving thread; `preview` gets small PIL pictures where the requests ask for them. `share` is filled in.
         """
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batch is closed: its Pod is ending")
             self._number += 1
             job = _Job({}, {}, progress, should_stop, made=dict(made), count=len(pictures) + len(made))
+            job.preview, job.share = preview, share or StepShare()
             for place, given in pictures.items():
                 kept = given if isinstance(given, KeptPicture) else KeptPicture(given)
                 id = f"{self._number}/{place}"
@@ -95,6 +110,7 @@ class SharedBatch:
             for job in self._present():
                 if job.should_stop():
                     self._stop(job)
+            present, began = self._present(), time.monotonic()
             try:
                 events = self._batch.step()
             except Exception as error:
@@ -102,6 +118,7 @@ class SharedBatch:
                 traceback.print_exc()
                 self._abandon(error)
                 continue
+            self._measure((time.monotonic() - began) * 1e6, present, events)
             self._tell(events)
 
     def close(self) -> None:
@@ -112,6 +129,22 @@ class SharedBatch:
 
     def _present(self) -> list[_Job]:
         return list({id(job): job for job in self._jobs.values()}.values())
+
+    def _measure(self, took_us: float, present: list[_Job], events: list[BatchEvent]) -> None:
+        """Note what a step took, and what of that each job that was present had in it."""
+        parts: dict[int, dict[Hashable, float]] = {}
+        for event in events:
+            job = self._jobs.get(event.id) if isinstance(event, Stepped) else None
+            if job is not None:
+                request = job.pictures[event.id].request
+                rows = 2.0 if request.guidance > 1.0 else 1.0
+                sizes = parts.setdefault(id(job), {})
+                size = (request.width, request.height)
+                sizes[size] = sizes.get(size, 0.0) + rows * request.width * request.height / _UNIT_PX
+        if parts:
+            self._company.step(
+                took_us, [Part(*part) for part in parts.items()], {id(job): job.share for job in present}
+            )
 
     def _let_in(self, job: _Job) -> None:
         if not job.pictures:
@@ -152,8 +185,8 @@ class SharedBatch:
                 case Failed(error=error):
                     moved.pop(id(job), None)
                     self._end(job, error)
-                case Previewed():
-                    pass  # Nobody in a Pod looks at previews yet.
+                case Previewed(picture=picture):
+                    job.preview(picture)
                 case _:
                     pass
         for job in moved.values():

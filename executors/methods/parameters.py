@@ -18,6 +18,8 @@ MAX_INPUT_PIXELS = 50_000_000
 """Pixels of a user's own picture."""
 MAX_VALIDATION_PICTURES = 100
 """Validation pictures of one training: the description of a result must name them all."""
+MAX_ADAPTERS = 8
+"""Further personalised models in one request."""
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""
 
@@ -56,6 +58,15 @@ class _Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
 
+class AdapterUse(_Parameters):
+    """A personalised model (LoRA) and how strongly it shows."""
+
+    model: ModelId
+    """Id of a model that was trained on the same base."""
+    weight: float = Field(1.0, ge=-2.0, le=2.0)
+    """1: as it was trained; negative ones lead away from it."""
+
+
 class TextToImageParameters(_Parameters):
     """Pictures from a text."""
 
@@ -81,8 +92,20 @@ class TextToImageParameters(_Parameters):
     """Sampler by name; absent: the model's own."""
     adapter_scale: float = Field(1.0, ge=0.0, le=2.0)
     """How much of a trained model's difference to its base is applied."""
+    adapters: tuple[AdapterUse, ...] = Field((), max_length=MAX_ADAPTERS)
+    """Further personalised models (LoRA) of the same base to draw with, each with its weight."""
+    preview_every: int = Field(0, ge=0, le=150)
+    """Steps between two small previews among the job's events; 0: none."""
     format: Literal["png"] = "png"
     """File format of the pictures."""
+
+    @field_validator("adapters")
+    @classmethod
+    def _names_each_once(cls, value: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
+        names = [use.model for use in value]
+        if len(set(names)) != len(names):
+            raise ValueError("must all differ; a model is named twice, add up its weights instead")
+        return value
 
     @field_validator("prompt")
     @classmethod

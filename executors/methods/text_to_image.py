@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,11 @@ from pydantic import BaseModel
 
 from executors.batching import kept_files
 from executors.batching.batch import RunningBatch
-from executors.batching.requests import KeptPicture, PictureRequest
+from executors.batching.company import StepShare
+from executors.batching.lora import AdapterBank
+from executors.batching.requests import AdapterWeights, KeptPicture, PictureRequest
 from executors.batching.shared import SharedBatch, Stopped
+from executors.batching.shelf import AdapterShelf, usual_budget
 from executors.methods import device, pictures, pipelines, sampling
 from executors.methods.base import (
     Cancelled,
@@ -60,6 +64,7 @@ class TextToImage:
         self._loaded: pipelines.LoadedPipeline | None = None
         self._batch = MAX_BATCH
         self._shared: SharedBatch | None = None
+        self._shelf: AdapterShelf | None = None
 
     def load(self, model: ModelRef | None, device: str) -> None:
         """Load the pipeline and its adapter; raises ModelMissing."""
@@ -76,7 +81,8 @@ class TextToImage:
         job = self._complete(parameters, loaded)
         device.start_peak(loaded.device)
         loaded.set_adapter_scale(parameters.adapter_scale)
-        made = self._make(job, loaded, context)
+        with self._adapted(loaded, context):
+            made = self._make(job, loaded, context)
         if context.should_stop():
             raise Cancelled
         files, facts = _save(made, job, loaded, context)
@@ -94,7 +100,9 @@ class TextToImage:
         if loaded.family == "other":
             return False
         device.start_peak(loaded.device)
-        self._shared = SharedBatch(RunningBatch(loaded, capacity=max(MAX_BATCH, slots)))
+        batch = RunningBatch(loaded, capacity=max(MAX_BATCH, slots))
+        self._shelf = AdapterShelf(batch.bank, usual_budget(loaded.device))
+        self._shared = SharedBatch(batch)
         return True
 
     def serve(self) -> None:
@@ -124,14 +132,36 @@ class TextToImage:
                 todo, before = kept.kept, kept.made
             except ValueError as error:
                 print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
-        try:
-            made = shared.make(todo, before, context.progress, context.should_stop)
-        except Stopped as stopped:
-            raise Cancelled(_kept(job.seed, stopped, context.output_dir)) from None
+        assert self._shelf is not None
+        share = StepShare()
+        with self._shelf.holding(context.adapters) as adapters:
+            todo = {place: _in_company(each, adapters, context.priority) for place, each in todo.items()}
+            try:
+                made = shared.make(
+                    todo, before, context.progress, context.should_stop, preview=context.preview, share=share
+                )
+            except Stopped as stopped:
+                raise Cancelled(_kept(job.seed, stopped, context.output_dir)) from None
         if context.should_stop():
             raise Cancelled
         files, facts = _save([made[place] for place in sorted(made)], job, loaded, context)
-        return MethodResult(files, facts, device.peak_bytes(loaded.device))
+        company = (round(share.company_us), share.company_permille)
+        return MethodResult(files, facts, device.peak_bytes(loaded.device), *company)
+
+    @contextmanager
+    def _adapted(self, loaded: pipelines.LoadedPipeline, context: MethodContext) -> Iterator[None]:
+        """Have the run's adapters on the model within this, where runs go one after the other."""
+        if not context.adapters:
+            yield
+            return
+        if loaded.family == "other":
+            raise InputRefused(
+                "adapters", f"{type(loaded.pipe).__name__} has no step loop here that could add them; leave them out"
+            )
+        if self._shelf is None:
+            self._shelf = AdapterShelf(AdapterBank(loaded), usual_budget(loaded.device))
+        with self._shelf.holding(context.adapters) as adapters, self._shelf.bank.applied([adapters]):
+            yield
 
     def _require(self) -> pipelines.LoadedPipeline:
         if self._loaded is None:
@@ -218,9 +248,19 @@ def _requests(job: _Job) -> dict[int, PictureRequest]:
             scheduler=asked.scheduler,
             adapter_scale=asked.adapter_scale,
             place=place,
+            preview_every=asked.preview_every,
         )
         for place in range(asked.count)
     }
+
+
+def _in_company(
+    given: PictureRequest | KeptPicture, adapters: AdapterWeights, priority: int
+) -> PictureRequest | KeptPicture:
+    """Return a picture with what its run's terms say: the bank's names of its adapters, and how urgent it is."""
+    if isinstance(given, KeptPicture):
+        return replace(given, request=replace(given.request, adapters=adapters, priority=priority))
+    return replace(given, adapters=adapters, priority=priority)
 
 
 def _resumed(job: _Job, folder: Path) -> tuple[_Job, kept_files.KeptJob]:
@@ -287,7 +327,7 @@ def _save(
         "steps": asked.steps,
         "guidance": job.guidance,
         "scheduler": asked.scheduler or type(loaded.pipe.scheduler).__name__,
-        "model": loaded.model.id,
+        "model": context.model or loaded.model.id,
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -295,6 +335,9 @@ def _save(
     if loaded.model.adapter_dir is not None:
         facts["adapter_scale"] = asked.adapter_scale
         facts["base_model"] = loaded.adapter.facts.get("base_model", "") if loaded.adapter else ""
+    if context.adapters:
+        facts["adapters"] = [{"model": given.model, "weight": given.weight} for given in context.adapters]
+        facts["base_model"] = loaded.model.id
     files: list[ResultFile] = []
     seeds: list[int] = []
     for index, picture in enumerate(made):

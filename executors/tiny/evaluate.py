@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from executors.methods import pipelines, sampling
-from executors.methods.base import ModelRef
+from executors.methods.base import GivenAdapter, ModelRef
 from executors.methods.dreambooth import DreamBooth
 from executors.methods.parameters import DreamBoothParameters
 from executors.tiny import JUDGE_DIR, MODEL_DIR, MODEL_ID, drawing
@@ -42,12 +42,18 @@ class LocalRun:
     device: str = "cpu"
     checkpoint: Path | None = None
     cache_dir: Path | None = None
+    adapters: tuple[GivenAdapter, ...] = ()
+    model: str = ""
+    priority: int = 0
     _said: int = field(default=0)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         if done * 10 // total > self._said:
             self._said = done * 10 // total
             self.say(f"  {done}/{total} {note}")
+
+    def preview(self, picture: object) -> None:
+        pass
 
     def offer_checkpoint(self, checkpoint: Path) -> None:
         pass

@@ -27,7 +27,7 @@ from diffusers import (  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
 
-from executors.methods.base import ModelRef  # noqa: E402
+from executors.methods.base import GivenAdapter, ModelRef  # noqa: E402
 from executors.tiny import drawing, networks  # noqa: E402
 
 
@@ -41,11 +41,18 @@ class FakeContext:
     checkpoint: Path | None = None
     device: str = "cpu"
     cache_dir: Path | None = None
+    adapters: tuple[GivenAdapter, ...] = ()
+    model: str = ""
+    priority: int = 0
+    previews: list[Image.Image] = field(default_factory=list)
     seen: list[tuple[int, int, str]] = field(default_factory=list)
     offered: list[Path] = field(default_factory=list)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         self.seen.append((done, total, note))
+
+    def preview(self, picture: Image.Image) -> None:
+        self.previews.append(picture)
 
     def offer_checkpoint(self, checkpoint: Path) -> None:
         self.offered.append(

@@ -1,0 +1,132 @@
+"""The adapters at hand for a running batch: loaded by the threads that need them while it goes on, and kept within a budget.
+
+An adapter that a run holds stays. Of the others the least recently used goes first when room is short, deployed ones last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from executors.batching.lora import AdapterBank
+from executors.batching.requests import AdapterWeights
+from executors.methods.base import GivenAdapter, InputRefused
+
+HOST_BYTES = 1 << 30
+"""What adapters may take of the host's memory, where the model runs on the CPU."""
+DEVICE_SHARE = 0.1
+"""What adapters may take of a device's memory."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """An adapter on the shelf, or on its way there."""
+
+    identity: str
+    size_bytes: int = 0
+    runs: int = 0
+    pinned: bool = False
+    ready: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+
+def usual_budget(where: torch.device) -> int:
+    """Return how many bytes of adapters to keep on a device."""
+    if where.type != "cuda":
+        return HOST_BYTES
+    return int(torch.cuda.get_device_properties(where).total_memory * DEVICE_SHARE)
+
+
+class AdapterShelf:
+    """Adapters in a bank, for several threads."""
+
+    def __init__(self, bank: AdapterBank, budget_bytes: int) -> None:
+        self.bank = bank
+        self._budget_bytes = budget_bytes
+        self._changed = threading.Lock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self.loaded = 0
+        """How many were read so far."""
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory that all of them take."""
+        with self._changed:
+            return sum(held.size_bytes for held in self._held.values())
+
+    @contextmanager
+    def holding(self, adapters: Sequence[GivenAdapter]) -> Iterator[AdapterWeights]:
+        """Have adapters in the bank within this; yields them as requests name them.
+
+        Those that are not there yet are read by the calling thread; two runs that want the same one read it once. Raises
+        ModelMissing with the reason for one that cannot be used, InputRefused when one is named twice.
+        """
+        names = [f"{given.model}@{given.identity}" if given.identity else given.model for given in adapters]
+        if len(set(names)) != len(names):
+            raise InputRefused("adapters", "the same one is named twice; add up its weights instead")
+        taken: list[str] = []
+        try:
+            for name, given in zip(names, adapters, strict=True):
+                self._take(name, given)
+                taken.append(name)
+            yield tuple((name, given.weight) for name, given in zip(names, adapters, strict=True))
+        finally:
+            with self._changed:
+                for name in taken:
+                    self._held[name].runs -= 1
+                self._make_room()
+
+    def _take(self, name: str, given: GivenAdapter) -> None:
+        """Count a run that needs an adapter, after it was read; raises what reading it raised."""
+        while True:
+            with self._changed:
+                held = self._held.get(name)
+                mine = held is None
+                if held is None:
+                    held = self._held[name] = _Held(given.identity)
+                held.runs += 1
+                held.pinned = given.pinned
+                self._held.move_to_end(name)
+            if mine:
+                self._read(name, held, given)
+                return
+            held.ready.wait()
+            if held.error is None:
+                return
+            # Its reader has taken it off the shelf; this run's own files may be whole.
+            with self._changed:
+                held.runs -= 1
+
+    def _read(self, name: str, held: _Held, given: GivenAdapter) -> None:
+        try:
+            prepared = self.bank.prepared(name, given.folder)
+            with self._changed:
+                held.size_bytes = prepared.size_bytes
+                self._make_room()
+            self.bank.insert(prepared)
+            self.loaded += 1
+        except Exception as error:
+            held.error = error
+            with self._changed:
+                del self._held[name]
+            raise
+        finally:
+            held.ready.set()
+
+    def _make_room(self) -> None:
+        """Drop what nobody uses until the rest fits; what is in use stays even where it does not."""
+        total = sum(held.size_bytes for held in self._held.values())
+        unused = [name for name, held in self._held.items() if not held.runs]
+        for name in sorted(unused, key=lambda name: self._held[name].pinned):
+            if total <= self._budget_bytes:
+                return
+            total -= self._held.pop(name).size_bytes
+            self.bank.remove(name)
