@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from executors.batching import beginnings
 from executors.batching.conditions import PromptEncoder
+from executors.batching.controls import ControlNets
 from executors.batching.lora import AdapterBank
 from executors.batching.previews import PreviewMap
 from executors.batching.requests import (
@@ -37,7 +39,7 @@ CAPACITY = 16
 DECODED_AT_ONCE = 4
 """Finished pictures that are decoded between two steps at most: the others' steps wait no longer than that."""
 
-_Bucket = tuple[int, int, bool, float]
+_Bucket = tuple[int, int, bool, float, tuple[str, ...]]
 
 
 class RunningBatch:
@@ -50,6 +52,7 @@ class RunningBatch:
         capacity: int = CAPACITY,
         decoded_at_once: int = DECODED_AT_ONCE,
         bank: AdapterBank | None = None,
+        controls: ControlNets | None = None,
     ) -> None:
         """Raises InputRefused for a model of a family that has no step loop here, ValueError for a capacity below 1."""
         if loaded.family == "other":
@@ -59,6 +62,7 @@ class RunningBatch:
         if capacity < 1 or decoded_at_once < 1:
             raise ValueError(f"capacity {capacity}, decoded_at_once {decoded_at_once}: both must be 1 or more")
         self.bank = bank or AdapterBank(loaded)
+        self.controls = controls or ControlNets(loaded)
         self._loaded = loaded
         self._capacity = capacity
         self._decoded_at_once = decoded_at_once
@@ -121,7 +125,7 @@ class RunningBatch:
         buckets: dict[_Bucket, list[Trajectory]] = {}
         for trajectory in self._running.values():
             buckets.setdefault(self._bucket(trajectory), []).append(trajectory)
-        for (width, height, _guided, scale), members in buckets.items():
+        for (width, height, _guided, scale, _controls), members in buckets.items():
             self._loaded.set_adapter_scale(scale)
             limit = self._call_limits.get((width, height), self._capacity)
             for start in range(0, len(members), limit):
@@ -235,11 +239,45 @@ class RunningBatch:
             extra["timestep_cond"] = torch.cat([t.times_condition for t in members if t.times_condition is not None])
         if self._loaded.family == "sdxl":
             extra["added_cond_kwargs"] = self._sizes_and_pooled(members)
+        elif self._loaded.family == "sd3":
+            extra["pooled_projections"] = self._pooled(members)
+        inputs, times, followed = torch.cat(rows), times.to(self._loaded.device), torch.cat(states)
+        if members[0].request.controls:
+            extra |= self._controlled(members, each, inputs, times, followed, extra)
+        if beginnings.takes_parts(self._loaded):
+            seen = [part for trajectory in members for part in [trajectory.seen()] * each if part is not None]
+            inputs = torch.cat([inputs, torch.cat(seen)], dim=1)
         with self.bank.applied([trajectory.request.adapters for trajectory in members]):
-            guess = self._loaded.pipe.unet(
-                torch.cat(rows), times.to(self._loaded.device), encoder_hidden_states=torch.cat(states), **extra
-            ).sample
-        return list(guess.split(each))
+            guess = self._call(inputs, times, followed, extra)
+        return list(torch.split(guess, each))
+
+    def _call(
+        self, inputs: torch.Tensor, times: torch.Tensor, states: torch.Tensor, extra: dict[str, Any]
+    ) -> torch.Tensor:
+        network = self._loaded.denoiser
+        if self._loaded.family == "sd3":
+            guess = network(inputs, timestep=times, encoder_hidden_states=states, **extra)
+        else:
+            guess = network(inputs, times, encoder_hidden_states=states, **extra)
+        result: torch.Tensor = guess.sample
+        return result
+
+    def _controlled(
+        self,
+        members: Sequence[Trajectory],
+        each: int,
+        rows: torch.Tensor,
+        times: torch.Tensor,
+        states: torch.Tensor,
+        extra: dict[str, Any],
+    ) -> dict[str, Any]:
+        """What the ControlNets of a bucket add to the blocks of the UNet."""
+        names = [control.name for control in members[0].request.controls]
+        numbers = range(len(names))
+        pictures = [torch.cat([t.control(number) for t in members for _ in range(each)]) for number in numbers]
+        scales = [[t.control_scale(number) for t in members for _ in range(each)] for number in numbers]
+        known = {name: extra[name] for name in ("added_cond_kwargs",) if name in extra}
+        return self.controls.residuals(names, rows, times, states, pictures, scales, **known)
 
     def _sizes_and_pooled(self, members: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
         """SDXL's further inputs, the rows of each picture together."""
@@ -249,6 +287,13 @@ class RunningBatch:
             if t.conditioning is not None
         ]
         return {name: torch.cat([each[name] for each in own]) for name in own[0]}
+
+    @staticmethod
+    def _pooled(members: Sequence[Trajectory]) -> torch.Tensor:
+        """The pooled text states of a transformer's pictures, the negative one of each first."""
+        found = [t.conditioning for t in members if t.conditioning is not None]
+        pooled = [part for one in found for part in (one.pooled_negative, one.pooled_positive) if part is not None]
+        return torch.cat(pooled)
 
     def _decode(self, events: list[BatchEvent]) -> None:
         """Decode the oldest finished pictures, those of one size together."""
@@ -280,7 +325,8 @@ class RunningBatch:
     @staticmethod
     def _bucket(trajectory: Trajectory) -> _Bucket:
         request = trajectory.request
-        return (request.width, request.height, trajectory.guided, request.adapter_scale)
+        controls = tuple(control.name for control in request.controls)
+        return (request.width, request.height, trajectory.guided, request.adapter_scale, controls)
 
     def _check(self, request: PictureRequest) -> None:
         if request.id in self:
@@ -295,10 +341,31 @@ class RunningBatch:
             raise InputRefused(
                 "scheduler", f"{request.scheduler!r} is unknown; choose from {', '.join(sampling.SCHEDULERS)}"
             )
-        factor = int(self._loaded.pipe.vae_scale_factor)
+        if request.scheduler is not None and request.scheduler not in sampling.offered(self._loaded.pipe):
+            raise InputRefused("scheduler", f"{self._loaded.model.id} keeps its own sampler; leave scheduler out")
+        grain = self._loaded.size_grain
         for name, value in (("width", request.width), ("height", request.height)):
-            if value < factor or value % factor:
-                raise InputRefused(name, f"must be a multiple of {factor} for {self._loaded.model.id}, not {value}")
+            if value < grain or value % grain:
+                raise InputRefused(name, f"must be a multiple of {grain} for {self._loaded.model.id}, not {value}")
+        beginnings.check(self._loaded, request)
+        self._check_controls(request)
         for name, _weight in request.adapters:
             if name not in self.bank:
                 raise InputRefused("adapters", f"{name!r} is not loaded here; load it before the request enters")
+
+    def _check_controls(self, request: PictureRequest) -> None:
+        names = [control.name for control in request.controls]
+        if names != sorted(set(names)):
+            raise InputRefused("control", "must name different ControlNets, in the order of their names")
+        if names and beginnings.takes_parts(self._loaded):
+            raise InputRefused(
+                "control", f"{self._loaded.model.id} was made for inpainting and takes no ControlNet here"
+            )
+        for control in request.controls:
+            if control.name not in self.controls:
+                raise InputRefused("control", f"{control.name!r} is not loaded here; load it before the request enters")
+            if control.picture.size != (request.width, request.height):
+                wide, high = control.picture.size
+                raise InputRefused(
+                    "control", f"is {wide}x{high}, the picture to make is {request.width}x{request.height}"
+                )

@@ -13,6 +13,21 @@ AdapterWeights = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class ControlPicture:
+    """A picture that a ControlNet of the loaded model follows."""
+
+    name: str
+    """The ControlNet's name beside the model."""
+    picture: Any
+    """PIL, RGB, of the request's size; what this ControlNet was trained on: edges, depth, a pose."""
+    scale: float = 1.0
+    start: float = 0.0
+    """Share of the steps before which it is left out."""
+    end: float = 1.0
+    """Share of the steps after which it is left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class PictureRequest:
     """One picture to make. Everything that a plain pipeline takes per call is the picture's own here."""
 
@@ -36,6 +51,14 @@ class PictureRequest:
     """Place within its job: among equal priorities first pictures enter before second ones."""
     preview_every: int = 0
     """Steps between two previews; 0: none."""
+    image: Any = None
+    """The picture to begin with, PIL, RGB, of the request's size; None: the seed's noise alone."""
+    strength: float = 1.0
+    """Share of the steps that are taken from `image` on, which is as noisy then; 1 takes all of them."""
+    mask: Any = None
+    """What of `image` is painted anew, PIL, greyscale, of the request's size: from half white on."""
+    controls: tuple[ControlPicture, ...] = ()
+    """ControlNets that take part, in the order of their names; pictures of other sets never share a call."""
 
 
 @dataclass(frozen=True, slots=True)

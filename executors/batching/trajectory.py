@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from executors.batching import scheduler_state
+from executors.batching import beginnings, scheduler_state
+from executors.batching.beginnings import Beginning, Painting
 from executors.batching.requests import KeptPicture, PictureRequest
 from executors.methods import sampling
 from executors.methods.pipelines import LoadedPipeline
@@ -31,28 +32,50 @@ class Trajectory:
         self._generator = torch.Generator("cpu").manual_seed(request.seed)
         accepted = inspect.signature(self._scheduler.step).parameters
         self._options = {"generator": [self._generator]} if "generator" in accepted else {}
+        self._times = self._scheduler.timesteps[self._skipped() :]
+        self._beginning = Beginning(loaded, request, self._scheduler, self._generator)
+        self._painting: Painting | None = None
+        self._controls: tuple[torch.Tensor, ...] | None = None
         self.done = 0
         if kept is None or not kept.tensors:
-            noise = torch.randn(self._shape(), generator=self._generator)
-            self.latents = noise.to(loaded.device, loaded.dtype) * self._scheduler.init_noise_sigma
+            self.latents, self._painting = self._beginning.make(self._times[0])
         else:
             self._restore(kept)
 
     @property
     def total(self) -> int:
         """Evaluations of the network in all: more than the steps for samplers that look twice."""
-        return len(self._scheduler.timesteps)
+        return len(self._times)
 
     @property
     def time(self) -> torch.Tensor:
         """The time of the next step, a single number on the CPU."""
-        result: torch.Tensor = self._scheduler.timesteps[self.done]
+        result: torch.Tensor = self._times[self.done]
         return result
 
     def input(self) -> torch.Tensor:
         """What the network sees next, [1, channels, height, width]."""
+        if not hasattr(self._scheduler, "scale_model_input"):
+            return self.latents
         result: torch.Tensor = self._scheduler.scale_model_input(self.latents, self.time)
         return result
+
+    def seen(self) -> torch.Tensor | None:
+        """What a network made for inpainting sees besides: the mask and the rest of the picture."""
+        painting = self._painting
+        return None if painting is None or painting.seen is None else torch.cat([painting.mask, painting.seen], dim=1)
+
+    def control(self, index: int) -> torch.Tensor:
+        """What a ControlNet follows, [1, 3, height, width] in [0, 1]."""
+        if self._controls is None:
+            self._controls = tuple(_control(each.picture, self._loaded) for each in self.request.controls)
+        return self._controls[index]
+
+    def control_scale(self, index: int) -> float:
+        """How much a ControlNet counts in the next step."""
+        control = self.request.controls[index]
+        left_out = self.done / self.total < control.start or (self.done + 1) / self.total > control.end
+        return control.scale * (1.0 - float(left_out))
 
     def advance(self, guess: torch.Tensor) -> None:
         """Take the network's answer, [2, ...] with the negative one first when guided, else [1, ...], and go one step on."""
@@ -63,11 +86,16 @@ class Trajectory:
         self.latents = stepped.prev_sample.to(self._loaded.dtype)
         self.guess_of_end = getattr(stepped, "pred_original_sample", None)
         self.done += 1
+        if self._painting is not None:
+            next_time = self.time if self.done < self.total else None
+            self.latents = self._painting.put_back(self.latents, self._scheduler, next_time)
 
     def keep(self) -> KeptPicture:
         """Copy everything that the next steps depend on into host memory."""
         tensors, values = scheduler_state.export(self._scheduler, self._fresh_scheduler())
         kept = {_SCHEDULER + name: tensor for name, tensor in tensors.items()}
+        if self._painting is not None:
+            kept |= self._painting.tensors()
         kept[_LATENTS] = self.latents.detach().cpu().clone()
         kept[_GENERATOR] = self._generator.get_state()
         return KeptPicture(self.request, self.done, kept, values)
@@ -77,10 +105,11 @@ class Trajectory:
             latents, state = kept.tensors[_LATENTS], kept.tensors[_GENERATOR]
         except KeyError as error:
             raise ValueError(f"kept picture {kept.request.id}: {error} is missing; start it anew") from None
-        if tuple(latents.shape) != self._shape() or not 0 <= kept.done <= self.total:
+        shape = self._beginning.shape
+        if tuple(latents.shape) != shape or not 0 <= kept.done <= self.total:
             raise ValueError(
                 f"kept picture {kept.request.id}: step {kept.done} of latents {tuple(latents.shape)} does not fit this "
-                f"model's {self._shape()} in {self.total} steps; start it anew"
+                f"model's {shape} in {self.total} steps; start it anew"
             )
         own = {name.removeprefix(_SCHEDULER): t for name, t in kept.tensors.items() if name.startswith(_SCHEDULER)}
         scheduler_state.restore(self._scheduler, own, kept.values, self._loaded.device)
@@ -89,15 +118,29 @@ class Trajectory:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"kept picture {kept.request.id}: its random state cannot be read: {error}") from None
         self.latents = latents.to(self._loaded.device, self._loaded.dtype, copy=True)
+        self._painting = Painting.restored(kept.tensors, self._loaded)
+        if (self._painting is None) != (self.request.mask is None):
+            raise ValueError(f"kept picture {kept.request.id}: its mask is missing, or is one too many; start it anew")
         self.done = kept.done
 
+    def _skipped(self) -> int:
+        """Leave out the steps that a given picture stands for; returns how many evaluations that are."""
+        if self.request.image is None:
+            return 0
+        skipped = beginnings.first_step(self._loaded, self.request) * int(self._scheduler.order)
+        if hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(skipped)
+        return skipped
+
     def _fresh_scheduler(self) -> Any:
-        scheduler = sampling.build_scheduler(self._loaded.pipe, self.request.scheduler)
+        request = self.request
+        scheduler = sampling.build_scheduler(self._loaded.pipe, request.scheduler)
         # Times stay on the CPU: a scheduler that looks its step up there makes no GPU wait.
-        scheduler.set_timesteps(self.request.steps, device="cpu")
+        sampling.set_times(self._loaded, scheduler, request.steps, request.width, request.height, "cpu")
         return scheduler
 
-    def _shape(self) -> tuple[int, int, int, int]:
-        pipe = self._loaded.pipe
-        factor = int(pipe.vae_scale_factor)
-        return (1, int(pipe.unet.config.in_channels), self.request.height // factor, self.request.width // factor)
+
+def _control(picture: Any, loaded: LoadedPipeline) -> torch.Tensor:
+    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    levels = pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255.0
+    return levels.contiguous().to(loaded.device, loaded.dtype)

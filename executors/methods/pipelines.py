@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,9 @@ import torch
 from executors.methods import adapters, device
 from executors.methods.base import InputRefused, ModelMissing, ModelRef
 
-Family = Literal["sd", "sdxl", "other"]
+Family = Literal["sd", "sdxl", "sd3", "other"]
 DEFAULTS = "defaults.json"
+_MAY_LACK = ("text_encoder_3", "tokenizer_3")
 
 
 @dataclass(slots=True)
@@ -31,17 +34,47 @@ class LoadedPipeline:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``."""
     _foreign_scale: float | None = None
+    _vae_alone: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def parts(self) -> dict[str, torch.nn.Module]:
-        """The parts that trainings change."""
-        names = ("unet", "text_encoder", "text_encoder_2")
+        """The parts that trainings change and adapters belong to."""
+        names = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
         return {name: part for name in names if (part := getattr(self.pipe, name, None)) is not None}
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that every step calls: a UNet, or the transformer of the newer families."""
+        return self.pipe.transformer if self.family == "sd3" else self.pipe.unet
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents; an inpainting network takes more than these."""
+        return int(self.pipe.vae.config.latent_channels)
+
+    @contextmanager
+    def vae_precision(self, wanted: torch.dtype | None) -> Iterator[None]:
+        """Use the autoencoder alone, in another precision for a while if one is wanted: some overflow in half."""
+        with self._vae_alone:
+            other = wanted is not None and wanted != self.dtype
+            if other:
+                self.pipe.vae.to(wanted)
+            try:
+                yield
+            finally:
+                if other:
+                    self.pipe.vae.to(self.dtype)
+
+    @property
+    def size_grain(self) -> int:
+        """Pixels that widths and heights are multiples of."""
+        factor = int(self.pipe.vae_scale_factor)
+        return factor * int(self.denoiser.config.patch_size) if self.family == "sd3" else factor
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the model was made for."""
-        size = self.pipe.unet.config.sample_size
+        size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         factor = int(self.pipe.vae_scale_factor)
         return width * factor, height * factor
@@ -94,6 +127,8 @@ def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
     options: dict[str, Any] = {}
     if "safety_checker" in parts and not (folder / "safety_checker").is_dir():
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    # Many run SD3 without its third and largest text encoder; the index then names none, or its directory is left out.
+    options |= {name: None for name in _MAY_LACK if name in parts and not (folder / name).is_dir()}
     try:
         return DiffusionPipeline.from_pretrained(
             str(folder), dtype=precision, local_files_only=True, use_safetensors=True, **options
@@ -112,10 +147,12 @@ def _read_defaults(folder: Path) -> Mapping[str, Any]:
 def _family(pipe: Any) -> Family:
     """Which step loop fits; decided by the pipeline's class, since its parts alone do not say what they expect."""
     match type(pipe).__name__:
-        case "StableDiffusionPipeline":
+        case "StableDiffusionPipeline" | "StableDiffusionImg2ImgPipeline" | "StableDiffusionInpaintPipeline":
             return "sd"
-        case "StableDiffusionXLPipeline":
+        case "StableDiffusionXLPipeline" | "StableDiffusionXLImg2ImgPipeline" | "StableDiffusionXLInpaintPipeline":
             return "sdxl"
+        case "StableDiffusion3Pipeline":
+            return "sd3"
         case _:
             return "other"
 

@@ -1,6 +1,7 @@
-"""The step loop of Stable Diffusion and SDXL, our own so that a stop between two steps costs nothing more.
+"""The step loop of Stable Diffusion and SDXL, and what every family's loop is made of.
 
-The pipeline's own interrupt still decodes; this loop raises `Cancelled` before the next step.
+The loop is our own so that a stop between two steps costs nothing more: the pipeline's own interrupt still decodes, this one
+raises `Cancelled` before the next step.
 """
 
 from __future__ import annotations
@@ -44,12 +45,35 @@ class Conditioning:
     pooled_negative: torch.Tensor | None = None
 
 
+def offered(pipe: Any) -> tuple[str, ...]:
+    """Samplers by name that a pipeline's model works with; models of straight flows (SD3) have their own only."""
+    return () if type(pipe.scheduler).__name__.startswith("FlowMatch") else tuple(SCHEDULERS)
+
+
+def set_times(loaded: LoadedPipeline, scheduler: Any, steps: int, width: int, height: int, where: Any) -> None:
+    """Set a scheduler's steps; some flows are bent by the picture's size."""
+    bent: dict[str, float] = {}
+    if scheduler.config.get("use_dynamic_shifting", None):
+        side = int(loaded.pipe.vae_scale_factor) * int(loaded.denoiser.config.patch_size)
+        config = scheduler.config
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+        slope = (high - low) / (many - few)
+        bent = {"mu": (height // side) * (width // side) * slope + (low - slope * few)}
+    scheduler.set_timesteps(steps, device=where, **bent)
+
+
 def build_scheduler(pipe: Any, name: str | None) -> Any:
     """A fresh scheduler instance: the model's own, or another kind over the same noise schedule."""
     if name is None:
         return type(pipe.scheduler).from_config(pipe.scheduler.config)
     import diffusers
 
+    if name not in offered(pipe):
+        own = type(pipe.scheduler).__name__
+        raise InputRefused(
+            "scheduler", f"{name!r} samples no flow; this model keeps its own, {own}: leave scheduler out"
+        )
     class_name, changes = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(pipe.scheduler.config, **changes)
 
@@ -66,6 +90,11 @@ def encode_prompt(loaded: LoadedPipeline, prompt: str, negative_prompt: str, gui
     if loaded.family == "sd":
         positive, negative = pipe.encode_prompt(prompt, negative_prompt=negative_prompt, **common)
         return Conditioning(positive, negative if guided else None)
+    if loaded.family == "sd3":
+        positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+            prompt, None, None, negative_prompt=negative_prompt or None, **common
+        )
+        return Conditioning(positive, negative if guided else None, pooled, negative_pooled if guided else None)
     # SDXL zeroes an absent negative prompt when the model says so; an empty string would be encoded instead.
     positive, negative, pooled, negative_pooled = pipe.encode_prompt(
         prompt, negative_prompt=negative_prompt or None, **common
@@ -166,7 +195,7 @@ def sdxl_conditions(
 
 def guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> torch.Tensor | None:
     """Distilled models (LCM) take the guidance as an input of the UNet."""
-    width = loaded.pipe.unet.config.time_cond_proj_dim
+    width = getattr(loaded.denoiser.config, "time_cond_proj_dim", None)
     if width is None:
         return None
     scales = torch.full((count,), guidance - 1.0)
@@ -176,7 +205,7 @@ def guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> t
 
 def is_guided(loaded: LoadedPipeline, guidance: float) -> bool:
     """Whether a step needs the negative rows too."""
-    return guidance > 1.0 and loaded.pipe.unet.config.time_cond_proj_dim is None
+    return guidance > 1.0 and getattr(loaded.denoiser.config, "time_cond_proj_dim", None) is None
 
 
 @torch.no_grad()
@@ -186,7 +215,6 @@ def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
     config = vae.config
     upcast = loaded.dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
     if upcast:
-        vae.to(torch.float32)
         latents = latents.float()
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
@@ -194,11 +222,12 @@ def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
             torch.tensor(v, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for v in (std, mean)
         )
         latents = latents * spread / config.scaling_factor + shift
+    elif getattr(config, "shift_factor", None) is not None:
+        latents = latents / config.scaling_factor + config.shift_factor
     else:
         latents = latents / config.scaling_factor
-    pixels = vae.decode(latents).sample
-    if upcast:
-        vae.to(loaded.dtype)
+    with loaded.vae_precision(torch.float32 if upcast else None):
+        pixels = vae.decode(latents).sample
     if not bool(torch.isfinite(pixels).all()):
         raise InputRefused(
             "model", "its picture holds numbers that are not finite; the model does not work in half precision"
@@ -208,10 +237,43 @@ def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
 
 
 @torch.no_grad()
+def encode_image(
+    loaded: LoadedPipeline, pixels: torch.Tensor, generator: torch.Generator, painted: bool
+) -> torch.Tensor:
+    """Latents of one picture [1, 3, height, width] as the family's own pipeline draws them for image-to-image.
+
+    `painted` says that it is for inpainting, where SDXL's pipeline leaves the latents' own mean and spread out.
+    """
+    vae = loaded.pipe.vae
+    config = vae.config
+    upcast = loaded.dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
+    precision = torch.float32 if upcast else loaded.dtype
+    with loaded.vae_precision(precision):
+        encoded = vae.encode(pixels.to(loaded.device, precision))
+        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
+    latents = latents.to(loaded.dtype)
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    scaled: torch.Tensor
+    if loaded.family == "sd3":
+        scaled = (latents - config.shift_factor) * config.scaling_factor
+    elif loaded.family == "sdxl" and not painted and mean is not None and std is not None:
+        spread, shift = (torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype) for v in (std, mean))
+        scaled = (latents - shift) * config.scaling_factor / spread
+    else:
+        scaled = config.scaling_factor * latents
+    return scaled
+
+
+def draws_latents(loaded: LoadedPipeline) -> bool:
+    """Whether encoding a picture takes random numbers: a KL autoencoder gives a distribution."""
+    return type(loaded.pipe.vae).__name__ != "AutoencoderTiny"
+
+
+@torch.no_grad()
 def encode_pixels(loaded: LoadedPipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Scaled latents of [-1, 1] pictures [n, 3, height, width]; a KL autoencoder gives its distribution's mean."""
     vae = loaded.pipe.vae
     encoded = vae.encode(pixels.to(loaded.device, vae.dtype))
     latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-    result: torch.Tensor = latents * vae.config.scaling_factor
+    result: torch.Tensor = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     return result

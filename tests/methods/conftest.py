@@ -18,9 +18,15 @@ device.resolve("cpu")
 
 from diffusers import (  # noqa: E402
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -140,7 +146,10 @@ def _text_config(tokens: int, **extra: object) -> CLIPTextConfig:
 
 @pytest.fixture(scope="session")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of pipelines with random weights: ``sd`` (KL autoencoder), ``sdxl`` and ``pag`` (a family without own loop)."""
+    """Directories of pipelines with random weights: ``sd`` (KL autoencoder), ``sdxl``, ``sd3`` and ``pag``, without an own loop.
+
+    ``inpaint`` and ``inpaint-xl`` take masks; ``sd`` and ``sdxl`` have ControlNets beside them.
+    """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tokenizer = networks.train_tokenizer(["a red star", "a blue house on a green background"] * 5, folder / "tokenizer")
@@ -165,17 +174,86 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     wide = _random_unet(
         40, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 24
     )
-    StableDiffusionXLPipeline(
-        vae=parts["vae"],
-        text_encoder=CLIPTextModel(_text_config(len(tokenizer))),
-        text_encoder_2=CLIPTextModelWithProjection(_second_config(len(tokenizer))),
+    large = {
+        "vae": parts["vae"],
+        "text_encoder": CLIPTextModel(_text_config(len(tokenizer))),
+        "text_encoder_2": CLIPTextModelWithProjection(_second_config(len(tokenizer))),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": wide,
+        "scheduler": scheduler,
+    }
+    StableDiffusionXLPipeline(**large, add_watermarker=False).save_pretrained(folder / "sdxl")
+    seeing = {"in_channels": 9}
+    StableDiffusionInpaintPipeline(**{**parts, "unet": _random_unet(16, **seeing)}, **unsafe).save_pretrained(
+        folder / "inpaint"
+    )
+    seeing |= {key: wide.config[key] for key in _ADDED}
+    StableDiffusionXLInpaintPipeline(
+        **{**large, "unet": _random_unet(40, **seeing)}, add_watermarker=False
+    ).save_pretrained(folder / "inpaint-xl")
+    _save_controlnets(folder, parts["unet"], wide)
+    _save_sd3(folder, tokenizer)
+    return {name: folder / name for name in ("sd", "sdxl", "sd3", "pag", "inpaint", "inpaint-xl")}
+
+
+_ADDED = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+
+
+def _save_controlnets(folder: Path, narrow: UNet2DConditionModel, wide: UNet2DConditionModel) -> None:
+    for model, unet in (("sd", narrow), ("sdxl", wide)):
+        for name in ("canny", "depth"):
+            net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+            for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+                torch.nn.init.normal_(block.weight, std=0.05)  # Fresh ones are zero and would change nothing.
+            torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.2)
+            net.save_pretrained(folder / model / "controlnets" / name)
+    shutil.copytree(folder / "sdxl" / "controlnets" / "canny", folder / "sd" / "controlnets" / "foreign")
+    broken = shutil.copytree(folder / "sd" / "controlnets" / "canny", folder / "sd" / "controlnets" / "broken")
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def _save_sd3(folder: Path, tokenizer: object) -> None:
+    """A transformer without the third text encoder, as many run it."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=32,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=40,
+        caption_projection_dim=32,
+        pooled_projection_dim=48,
+        out_channels=16,
+        pos_embed_max_size=32,
+    )
+    first = _second_config(len(tokenizer))  # type: ignore[arg-type]
+    first.hidden_size, first.intermediate_size = 16, 32
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(first),
         tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_second_config(len(tokenizer))),  # type: ignore[arg-type]
         tokenizer_2=tokenizer,
-        unet=wide,
-        scheduler=scheduler,
-        add_watermarker=False,
-    ).save_pretrained(folder / "sdxl")
-    return {name: folder / name for name in ("sd", "sdxl", "pag")}
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder / "sd3")
 
 
 def _second_config(tokens: int) -> CLIPTextConfig:
