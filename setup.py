@@ -12,6 +12,7 @@ COMPILED = """
 engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py engine/fold_events.py
 engine/fold_tasks.py engine/idle.py engine/kinds.py engine/lines.py engine/making.py engine/ports.py engine/scheduler.py
 engine/state.py engine/timers.py engine/turn.py
+engine/lifecycle.py engine/states.py
 engine/levels/admission.py engine/levels/binding.py engine/levels/choice.py engine/levels/creation.py
 engine/levels/elasticity.py engine/levels/models.py engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py
 engine/levels/victims.py engine/levels/waiting.py

@@ -19,6 +19,7 @@ from engine.lines import Line, Parked, Rank
 from engine.profile import Profile
 from engine.resources import WHOLE_GPU, Demand
 from engine.state import State
+from engine.states import POD_CREATING, POD_GONE, PREFERRED
 from engine.tasks import NEVER, Affinity, Micros, PodState, TaskState
 from engine.timers import Timers
 
@@ -145,9 +146,7 @@ class Backlog:
         group = task.group
         row, empty = -1, False
         if group is not None:
-            if task.spec.affinity is not Affinity.PREFERRED or (
-                group.node is not None and group.node.exclusive is not None
-            ):
+            if task.spec.affinity is not PREFERRED or (group.node is not None and group.node.exclusive is not None):
                 row, empty = self.where(task, shape)
             group.waiting[task.req_no] = task
         members = task.spec.members
@@ -249,7 +248,7 @@ class Backlog:
                 if not here:
                     del warm.by_node[row]
             self.idle_pods.drop(number)
-            if pod.state is PodState.GONE:
+            if pod.state is POD_GONE:
                 self._forget(pod)
             return
         if pod.offered < 0:
@@ -261,7 +260,7 @@ class Backlog:
         if self.profile.warm_first_loads and pod.demand.gpu_share < WHOLE_GPU and not busy:
             self.idle_pods.neighbours_loaded(pod)
         exclusive = pod.node.exclusive is not None
-        creating = pod.state is PodState.CREATING
+        creating = pod.state is POD_CREATING
         if not exclusive:
             heap = warm.heap
             heappush(heap, (creating, busy if self._spread_slots else -busy, number, busy, pod))
@@ -393,7 +392,7 @@ class Backlog:
                 if len(here) == 1:
                     return here[0]
                 if here:
-                    return min(here, key=lambda p: (p.state is PodState.CREATING, p.offered, p.number))
+                    return min(here, key=lambda p: (p.state is POD_CREATING, p.offered, p.number))
             if row < 0 and found is None:
                 found = self._top(warm)
         return found
@@ -519,7 +518,7 @@ class Backlog:
         heap = warm.heap
         while heap:
             creating, _, _, busy, pod = heap[0]
-            if pod.offered == busy and (pod.state is PodState.CREATING) == creating and pod.node.exclusive is None:
+            if pod.offered == busy and (pod.state is POD_CREATING) == creating and pod.node.exclusive is None:
                 return pod
             heappop(heap)
         return None

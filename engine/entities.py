@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.resources import WHOLE_GPU, Demand, GpuGrant, GpuSpec, NodeSpec
+from engine.states import POD_GONE, POD_STOPPING
 from engine.tasks import NEVER, Estimate, FailureCause, Micros, PodState, TaskSpec, TaskState, is_urgent
 
 
@@ -219,7 +220,7 @@ class Pod:
         """Tell whether new tasks may go into it once a slot is free."""
         if self.doomed is not None or self.claimed_by or not self.node.up or self.node.draining:
             return False
-        if self.state is PodState.STOPPING or self.state is PodState.GONE:
+        if self.state is POD_STOPPING or self.state is POD_GONE:
             return False
         return self.devices_open
 

@@ -30,6 +30,24 @@ from engine.fold_tasks import (
 )
 from engine.lifecycle import PodCause, TaskCause, next_pod_state
 from engine.reasons import Reason
+from engine.states import (
+    ADMIT,
+    BACK_OFF,
+    BACKOFF,
+    BIND,
+    BOUND,
+    CANCEL,
+    CANCELLED,
+    DEAD,
+    DIE,
+    FINISHED,
+    ORDER_START,
+    PENDING,
+    REJECT,
+    REJECTED,
+    REQUEUE,
+    RUNNING,
+)
 from engine.tasks import Micros, TaskState
 
 if TYPE_CHECKING:
@@ -78,9 +96,9 @@ def start_task(state: State, now: Micros, c: StartTask) -> None:
 
 def start_in(state: State, now: Micros, c: StartTask, task: Task, pod: Pod) -> None:
     """As `start_task`, where its task and Pod are at hand."""
-    if task.state is TaskState.PENDING:
+    if task.state is PENDING:
         begin_attempt(state, task, c.attempt)
-    move(task, TaskCause.ORDER_START)
+    move(task, ORDER_START)
     if not task.pods[c.rank]:
         bind_rank(state, task, pod, c.rank)
     task.live |= 1 << c.rank
@@ -134,19 +152,19 @@ def pend(state: State, now: Micros, c: Notify, task: Task) -> None:
     if c.room is not None:
         _claim(state, task, c.room)
         return
-    if task.state is TaskState.BOUND:
-        move(task, TaskCause.REQUEUE)
+    if task.state is BOUND:
+        move(task, REQUEUE)
         release_ranks(state, task, now)
         settle(task, 0)
         unplace(state, task)
         count_pending(state, task)
-    elif task.state is TaskState.BACKOFF:
-        move(task, TaskCause.REQUEUE)
+    elif task.state is BACKOFF:
+        move(task, REQUEUE)
         task.retry_at = None
         if c.reason == Reason.PREEMPTED:
             task.preemptions += 1
     elif not task.admitted:
-        move(task, TaskCause.ADMIT)
+        move(task, ADMIT)
         task.admitted = True
         count_pending(state, task)
         if task.deadline is not None:
@@ -174,28 +192,28 @@ def _claim(state: State, task: Task, room: Room) -> None:
 def notify(state: State, now: Micros, c: Notify) -> None:
     """Decisions about a task that need no other order are made by telling them; the rest is news only."""
     told = c.state
-    if told is TaskState.FINISHED or told is TaskState.RUNNING:
+    if told is FINISHED or told is RUNNING:
         return
     task = state.tasks[c.req_no]
-    if told is TaskState.PENDING:
+    if told is PENDING:
         pend(state, now, c, task)
-    elif told is TaskState.BOUND and c.pod:
-        if task.state is TaskState.PENDING:
+    elif told is BOUND and c.pod:
+        if task.state is PENDING:
             begin_attempt(state, task, c.attempt)
-        move(task, TaskCause.BIND)
+        move(task, BIND)
         bind_rank(state, task, state.pods[c.pod], c.rank)
-    elif told is TaskState.BACKOFF:
-        move(task, TaskCause.BACK_OFF)
+    elif told is BACKOFF:
+        move(task, BACK_OFF)
         task.failures += 1
         task.retry_at = c.until
         state.watch.task_due(task, c.until)
-    elif told is TaskState.CANCELLED:
-        leave_for_good(state, task, now, TaskCause.CANCEL)
-    elif told is TaskState.DEAD:
-        leave_for_good(state, task, now, TaskCause.DIE)
-    elif told is TaskState.REJECTED:
+    elif told is CANCELLED:
+        leave_for_good(state, task, now, CANCEL)
+    elif told is DEAD:
+        leave_for_good(state, task, now, DIE)
+    elif told is REJECTED:
         state.outcomes[f"rejected {c.reason}"] = state.outcomes.get(f"rejected {c.reason}", 0) + 1
-        leave_for_good(state, task, now, TaskCause.REJECT)
+        leave_for_good(state, task, now, REJECT)
 
 
 COMMAND_FOLDS: dict[type, Callable[[State, Micros, Any], None]] = {

@@ -23,6 +23,7 @@ from engine.fold_tasks import (
     unplace,
 )
 from engine.lifecycle import PodCause, TaskCause, next_pod_state
+from engine.states import FINISH, START, STARTING
 from engine.stock import learn_load, take_stock
 from engine.tasks import FailureCause, Micros, PodState, TaskState
 
@@ -336,8 +337,8 @@ def task_started(state: State, now: Micros, e: ev.TaskStarted) -> None:
         task.started_at = max(now, 1)
         if not task.began_at:
             task.began_at = task.started_at
-    if task.state is TaskState.STARTING and task.rank_started == task.whole:
-        move(task, TaskCause.START)
+    if task.state is STARTING and task.rank_started == task.whole:
+        move(task, START)
         state.agenda.append((agenda.RUNNING, task))
         limit = task.spec.run_limit_us
         if limit is not None:
@@ -377,7 +378,7 @@ def task_finished(state: State, now: Micros, e: ev.TaskFinished) -> None:
     if task.done != task.whole or task.cancel_requested:
         end_attempt(state, task, now)
         return
-    move(task, TaskCause.FINISH)
+    move(task, FINISH)
     settle(task, e.run_us or (now - task.started_at if task.started_at else 0))
     unplace(state, task)
     task.pods = []

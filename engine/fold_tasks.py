@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from engine import agenda
 from engine.entities import Claim, Group, Node, Pod, Task
 from engine.errors import InvariantViolated
-from engine.lifecycle import TASK_TABLE, PodCause, TaskCause, next_pod_state
-from engine.tasks import Affinity, FailureCause, Micros, PodState, TaskState
+from engine.lifecycle import TaskCause, next_pod_state
+from engine.states import EXCLUSIVE, NO_AFFINITY, POD_BUSY, POD_CREATING, POD_IDLE, PREFERRED, TABLE, TAKE
+from engine.tasks import FailureCause, Micros, TaskState
 
 if TYPE_CHECKING:
     from engine.state import State
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def move(task: Task, cause: TaskCause) -> None:
     """Move a task along the table."""
-    after = TASK_TABLE[task.state].get(cause)
+    after = TABLE[task.state].get(cause)
     if after is None:
         raise InvariantViolated(f"task {task.req_no} is {task.state}, it cannot {cause}")
     task.state = after
@@ -110,20 +111,20 @@ def bind_rank(state: State, task: Task, pod: Pod, rank: int) -> None:
     """Give a slot of a Pod to a member of a task, and bind the task's group to the node."""
     task.pods[rank] = pod.number
     pod.tasks[task.req_no] = rank
-    if pod.state is not PodState.CREATING and pod.state is not PodState.BUSY:
-        pod.state = next_pod_state(pod.state, PodCause.TAKE)
+    if pod.state is not POD_CREATING and pod.state is not POD_BUSY:
+        pod.state = next_pod_state(pod.state, TAKE)
     state.watch.pod_changed(pod)
     group = task.group
     if group is None or group.node is pod.node:
         return
     affinity = task.spec.affinity
-    if affinity is Affinity.NONE:
+    if affinity is NO_AFFINITY:
         return
     if group.node is not None:
-        if affinity is Affinity.PREFERRED or rank > 0:
+        if affinity is PREFERRED or rank > 0:
             return
         unbind_group(state, group)
-    bind_group(state, group, pod.node, exclusive=affinity is Affinity.EXCLUSIVE)
+    bind_group(state, group, pod.node, exclusive=affinity is EXCLUSIVE)
 
 
 def bind_group(state: State, group: Group, node: Node, exclusive: bool) -> None:
@@ -163,8 +164,8 @@ def release_rank(state: State, task: Task, rank: int, now: Micros) -> None:
     pod = state.pods.get(task.pods[rank])
     if pod is None or pod.tasks.pop(task.req_no, None) is None:
         return
-    if pod.state is PodState.BUSY and not pod.tasks:
-        pod.state = PodState.IDLE
+    if pod.state is POD_BUSY and not pod.tasks:
+        pod.state = POD_IDLE
         pod.idle_since = now
         if not pod.usable:
             state.agenda.append((agenda.POD_UNUSED, pod))

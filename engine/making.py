@@ -6,18 +6,30 @@ Every field must be set here, which a test compares with the constructors.
 
 from __future__ import annotations
 
+from typing import Final
+
 from engine.commands import Notify, StartTask
 from engine.tasks import Micros, TaskState
 
-_new = object.__new__
-_fields = Notify.__dict__
-_n_req_no, _n_state, _n_attempt = _fields["req_no"].__set__, _fields["state"].__set__, _fields["attempt"].__set__
-_n_reason, _n_detail, _n_result = _fields["reason"].__set__, _fields["detail"].__set__, _fields["result"].__set__
-_n_node, _n_at, _n_until = _fields["node"].__set__, _fields["at"].__set__, _fields["until"].__set__
-_n_pod, _n_rank, _n_room = _fields["pod"].__set__, _fields["rank"].__set__, _fields["room"].__set__
-_fields = StartTask.__dict__
-_s_req_no, _s_attempt, _s_pod = _fields["req_no"].__set__, _fields["attempt"].__set__, _fields["pod"].__set__
-_s_node, _s_rank, _s_checkpoint = _fields["node"].__set__, _fields["rank"].__set__, _fields["checkpoint"].__set__
+_new: Final = object.__new__
+_n_req_no: Final = Notify.__dict__["req_no"].__set__
+_n_state: Final = Notify.__dict__["state"].__set__
+_n_attempt: Final = Notify.__dict__["attempt"].__set__
+_n_reason: Final = Notify.__dict__["reason"].__set__
+_n_detail: Final = Notify.__dict__["detail"].__set__
+_n_result: Final = Notify.__dict__["result"].__set__
+_n_node: Final = Notify.__dict__["node"].__set__
+_n_at: Final = Notify.__dict__["at"].__set__
+_n_until: Final = Notify.__dict__["until"].__set__
+_n_pod: Final = Notify.__dict__["pod"].__set__
+_n_rank: Final = Notify.__dict__["rank"].__set__
+_n_room: Final = Notify.__dict__["room"].__set__
+_s_req_no: Final = StartTask.__dict__["req_no"].__set__
+_s_attempt: Final = StartTask.__dict__["attempt"].__set__
+_s_pod: Final = StartTask.__dict__["pod"].__set__
+_s_node: Final = StartTask.__dict__["node"].__set__
+_s_rank: Final = StartTask.__dict__["rank"].__set__
+_s_checkpoint: Final = StartTask.__dict__["checkpoint"].__set__
 
 
 def notify(

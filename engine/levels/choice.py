@@ -8,16 +8,16 @@ from engine.kinds import RoomLine, Shape
 from engine.levels.speed import fastest
 from engine.levels.warmth import warmest
 from engine.making import start_task
+from engine.states import BOUND, POD_CREATING
 from engine.stock import spared_permille
-from engine.tasks import PodState, TaskState
 from engine.turn import Turn
 
 
 def bind_warm(turn: Turn, task: Task, pod: Pod) -> None:
     """Give a task a slot of a Pod: start it, or let it wait for a Pod that is being created."""
     attempt = task.attempt + 1
-    if pod.state is PodState.CREATING:
-        turn.order(Notify(task.req_no, TaskState.BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
+    if pod.state is POD_CREATING:
+        turn.order(Notify(task.req_no, BOUND, attempt, "", "", "", pod.node.name, turn.now, 0, pod.number))
     else:
         turn.start(start_task(task.req_no, attempt, pod.number, pod.node.name, 0, task.checkpoint), task, pod)
 

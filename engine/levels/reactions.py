@@ -13,6 +13,7 @@ from engine.levels.creation import create_pod
 from engine.levels.ordering import AGED, ORDINARY
 from engine.making import notify
 from engine.reasons import Reason
+from engine.states import FINISHED, PENDING, RUNNING
 from engine.stopping import stop
 from engine.tasks import LAST_ATTEMPT, NEVER, NOT_RETRYABLE, Affinity, FailureCause, Micros, PodState, TaskState
 from engine.turn import Turn
@@ -62,7 +63,7 @@ def _let_idle_go(turn: Turn) -> None:
 
 
 def _submitted(turn: Turn, task: Task) -> None:
-    if not task.admitted and task.state is TaskState.PENDING:
+    if not task.admitted and task.state is PENDING:
         admit(turn, task)
 
 
@@ -146,7 +147,7 @@ def _stop_rest(turn: Turn, task: Task) -> None:
 def _running(turn: Turn, task: Task) -> None:
     pod = turn.state.pods.get(task.pods[0]) if task.pods else None
     node = pod.node.name if pod is not None else ""
-    turn.news(notify(task.req_no, TaskState.RUNNING, task.attempt, turn.now, node=node))
+    turn.news(notify(task.req_no, RUNNING, task.attempt, turn.now, node=node))
 
 
 def _capacity(turn: Turn, _: object) -> None:
@@ -154,7 +155,7 @@ def _capacity(turn: Turn, _: object) -> None:
 
 
 def _finished(turn: Turn, task: Task) -> None:
-    turn.news(notify(task.req_no, TaskState.FINISHED, task.attempt, turn.now, result=task.result))
+    turn.news(notify(task.req_no, FINISHED, task.attempt, turn.now, result=task.result))
 
 
 def _orphan(turn: Turn, number: int) -> None:
