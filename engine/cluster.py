@@ -55,6 +55,8 @@ class Cluster:
         """Grows with every change of a row."""
         self.cached: dict[str, dict[int, None]] = {}
         """Model -> rows of the nodes whose cache probably holds it."""
+        self.pinning: dict[int, None] = {}
+        """Rows of the nodes in whose caches models stay."""
         self._places: dict[str, npt.NDArray[np.int8]] = {}
         """The same as vectors of `place_code`, for models that many nodes hold."""
         self.topology = 0
@@ -269,7 +271,19 @@ class Cluster:
         node.models.clear()
         node.expected.clear()
         node.pins.clear()
+        self.pinning.pop(node.index, None)
         node.tiers = None
+
+    def pin_model(self, node: Node, model: str) -> None:
+        """Note that a model stays in a node's cache."""
+        node.pins[model] = None
+        self.pinning[node.index] = None
+
+    def unpin_model(self, node: Node, model: str) -> None:
+        """Note that a model may leave a node's cache."""
+        node.pins.pop(model, None)
+        if not node.pins:
+            self.pinning.pop(node.index, None)
 
     def forget_model(self, node: Node, model: str) -> None:
         """Note that a node's cache does not hold a model any more."""

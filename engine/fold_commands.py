@@ -122,13 +122,13 @@ def prefetch_model(state: State, now: Micros, c: PrefetchModel) -> None:
     node = state.cluster.by_name[c.node]
     _expect(state, node, c.model, now)
     if c.pin:
-        node.pins[c.model] = None
+        state.cluster.pin_model(node, c.model)
 
 
 def release_model(state: State, now: Micros, c: ReleaseModel) -> None:
     """A node's cache may evict the model, or has to."""
     node = state.cluster.by_name[c.node]
-    node.pins.pop(c.model, None)
+    state.cluster.unpin_model(node, c.model)
     if c.drop and not any(pod.model == c.model for pod in node.pods.values()):
         state.cluster.forget_model(node, c.model)
 

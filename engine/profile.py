@@ -42,7 +42,9 @@ class Profile:
     """Members of a gang on one node where that is possible, else in one rack (the nodes' label `rack`)."""
     group_affinity: bool = True
     cached_model_bonus: int = 0
-    """Added to the score of a node whose cache probably holds the model."""
+    """Added to the score of a node that holds the model, for as much of a load as that spares."""
+    prefetch_ahead: int = 0
+    """For how many of those that wait next models are brought where room will be soonest; 0: for none."""
     # binding
     warm_reuse: bool = True
     spread_slots: bool = True

@@ -124,18 +124,13 @@ def to_data(state: State) -> Plain:
         "outcomes": dict(sorted((str(k), v) for k, v in state.outcomes.items())),
         **_faults(state),
         **_capacity(state),
-        **_ahead(state),
+        **_loads(state),
     }
 
 
-def _ahead(state: State) -> dict[str, Plain]:
-    """Nothing where no node ever reported its caches and nothing was brought ahead."""
-    known: dict[str, Plain] = {}
-    if any(state.loads_us):
-        known["loads_us"] = list(state.loads_us)
-    if state.look_ahead_at:
-        known["look_ahead_at"] = state.look_ahead_at
-    return known
+def _loads(state: State) -> dict[str, Plain]:
+    """Nothing where no load from a known place was seen."""
+    return {"loads_us": list(state.loads_us)} if any(state.loads_us) else {}
 
 
 def _capacity(state: State) -> dict[str, Plain]:
@@ -266,7 +261,6 @@ def from_data(data: Plain) -> State:
     for name, gpu_uuid, seen in data.get("faults", []):
         state.faults[name, gpu_uuid] = [(at, source) for at, source in seen]
     state.loads_us = list(data.get("loads_us", state.loads_us))
-    state.look_ahead_at = data.get("look_ahead_at", 0)
     for node in state.cluster.nodes:
         state.cluster.put(node)
     return state
@@ -305,7 +299,8 @@ def _restore_nodes(state: State, data: Plain, by_seq: dict[int, Group]) -> None:
             cluster.remember_model(node, model, state.limits.models_per_node)
         node.tiers = dict(each["tiers"]) if "tiers" in each else None
         node.expected = dict(each.get("expected", {}))
-        node.pins = dict.fromkeys(each.get("pins", ()))
+        for model in each.get("pins", ()):
+            cluster.pin_model(node, model)
 
 
 def _restore_pod(state: State, data: Plain) -> None:

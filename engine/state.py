@@ -108,8 +108,6 @@ class State:
         """(node, GPU) -> when its latest faults were and who saw them (`engine.faults`)."""
         self.loads_us: list[Micros] = [0, 0, 0]
         """What loads took lately from the store, a node's disk and its memory (`engine.stock`); 0: none was seen."""
-        self.look_ahead_at: Micros = 0
-        """When models are brought ahead of need again, at the soonest."""
         self.deployed = 0
         """Grows when a deployment changes."""
         self.agenda: list[tuple[int, object]] = []

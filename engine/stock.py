@@ -53,7 +53,8 @@ def take_stock(state: State, now: Micros, node: Node, resident: Sequence[Residen
         cluster.remember_model(node, model, most)
     node.tiers = {model: rank for model, rank in found.items() if model in node.models}
     node.expected = {model: since for model, since in believed.items() if model in node.models}
-    node.pins = pinned
+    for model in pinned:
+        cluster.pin_model(node, model)
     for model in node.models:
         cluster.place_changed(node, model)
 

@@ -35,6 +35,7 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
     "placement": {
         "group_affinity": ("group_affinity", "bool"),
         "cached_model_bonus": ("cached_model_bonus", "int"),
+        "prefetch_ahead": ("prefetch_ahead", "int"),
         "gpu_speed_weight": ("gpu_speed_weight", "int"),
         "compact_gangs": ("compact_gangs", "bool"),
     },
