@@ -1,0 +1,186 @@
+"""What a model in a directory needs: its weights exactly, from the headers of its files, and its activations from its architecture.
+
+Activations were counted by tracing the architectures with fake tensors, every live storage at every operation: their peak grows
+in proportion to rows, to pixels, and to the width of the first layer. That factor is a property of the family; the tests trace
+the true architectures anew and compare. Reads headers only, imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_HEADER_MAX_BYTES = 100 << 20
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+ATTENTION_AT_FULL_SIZE = 26.1
+"""Live elements at the peak of a UNet's step, for each latent place, row and channel of its first block: SD 1.x and 2.x."""
+CONVOLUTION_AT_FULL_SIZE = 15.9
+"""The same where the first block has no attention: SDXL."""
+JOINT_TRANSFORMER = 13.5
+"""Live elements of a joint transformer's step, for each token, row and channel of its width: SD3."""
+PACKED_TRANSFORMER = 20.0
+"""The same for Flux, whose single blocks hold attention and feed-forward side by side."""
+AUTOENCODER = 6.0
+"""Live elements of a KL autoencoder's decoding, for each pixel and channel of its last block."""
+TINY_AUTOENCODER = 2.1
+TILE_PX = 512
+"""Side of the tiles in which large pictures are decoded."""
+STEPPED = frozenset({"unet", "transformer"})
+
+
+class FootprintUnknown(ValueError):
+    """The directory does not tell what its model needs; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """One part of a pipeline: numbers in its files that take the computing precision, and bytes of all others."""
+
+    numbers: int
+    other_bytes: int = 0
+
+    def nbytes(self, item_bytes: int) -> int:
+        """Return what the part takes in memory when its numbers have so many bytes each."""
+        return self.numbers * item_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's needs. A latent place is `factor` x `factor` pixels; `step_elements` count for a row of the batch and a place."""
+
+    parts: Mapping[str, PartWeights]
+    step_elements: float
+    decode_elements: float
+    """For each pixel of a picture."""
+    factor: int
+    upcasts: bool = False
+    """The autoencoder is computed in single precision where the rest is in half."""
+    tiles: bool = True
+    """The autoencoder can decode in tiles."""
+
+    @cached_property
+    def stepped(self) -> tuple[str, ...]:
+        """The parts that every step needs."""
+        return tuple(name for name in self.parts if name in STEPPED)
+
+    def weights_bytes(self, item_bytes: int, parts: tuple[str, ...] | None = None) -> int:
+        """Return the memory of all weights, or of some parts."""
+        names = self.parts if parts is None else parts
+        return sum(self.parts[name].nbytes(item_bytes) for name in names if name in self.parts)
+
+    def step_bytes(self, width: int, height: int, rows: int, item_bytes: int) -> int:
+        """Return the peak of activations in one call of the network; a guided picture has two rows."""
+        places = -(-width // self.factor) * -(-height // self.factor)
+        return math.ceil(self.step_elements * places * rows * item_bytes)
+
+    def decode_bytes(self, width: int, height: int, pictures: int, item_bytes: int, tiled: bool = False) -> int:
+        """Return the peak of activations in decoding so many pictures at once, or one after the other in tiles."""
+        item_bytes = 4 if self.upcasts else item_bytes
+        pixels = width * height
+        if tiled:
+            shown = 3 * 3 * pixels * item_bytes  # Rows of finished tiles, joined twice.
+            return math.ceil(self.decode_elements * min(pixels, TILE_PX**2) * item_bytes) + shown
+        return math.ceil(self.decode_elements * pixels * pictures * item_bytes)
+
+
+def read_footprint(folder: Path) -> Footprint:
+    """Return what the pipeline in a diffusers directory needs; raises FootprintUnknown."""
+    index = _json(folder / "model_index.json")
+    parts: dict[str, PartWeights] = {}
+    for name, kind in index.items():
+        if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
+            continue
+        files = weight_files(folder / name)
+        if files:
+            parts[name] = _summed([read_header(file) for file in files])
+    step = next((name for name in ("unet", "transformer") if name in parts), None)
+    if step is None or "vae" not in parts:
+        raise FootprintUnknown(f"{folder}: no weights of a unet or transformer and a vae as safetensors; add them")
+    vae = _json(folder / "vae" / "config.json")
+    tiny = "num_decoder_blocks" in vae
+    return Footprint(
+        parts=parts,
+        step_elements=_step_elements(_json(folder / step / "config.json")),
+        decode_elements=_decode_elements(vae, tiny),
+        factor=2 ** (len(vae["num_decoder_blocks"] if tiny else vae["block_out_channels"]) - 1),
+        upcasts=bool(vae.get("force_upcast", not tiny)) and "XL" in str(index.get("_class_name", "")),
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that a loader reads: those of the plain names, else those of the one variant there is."""
+    found = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in found if len(file.name.split(".")) == 2]
+    if plain:
+        return plain
+    variants = {file.name.split(".")[1] for file in found}
+    return found if len(variants) <= 1 else [file for file in found if ".fp16." in file.name]
+
+
+def read_header(file: Path) -> PartWeights:
+    """Count what a safetensors file holds, from its header; raises FootprintUnknown."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 0 < length <= min(_HEADER_MAX_BYTES, file.stat().st_size - 8):
+                raise FootprintUnknown(
+                    f"{file}: its header says it has {length} bytes; the file is cut off or no safetensors"
+                )
+            header = json.loads(opened.read(length))
+        numbers = other = 0
+        for name, tensor in header.items():
+            if name == "__metadata__":
+                continue
+            count = math.prod(tensor["shape"])
+            if tensor["dtype"] in _FLOATS:
+                numbers += count
+            else:
+                other += count * _ITEM_BYTES[tensor["dtype"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FootprintUnknown):
+            raise
+        raise FootprintUnknown(f"{file}: its header cannot be read ({error!r})") from None
+    return PartWeights(numbers, other)
+
+
+def _summed(found: list[PartWeights]) -> PartWeights:
+    return PartWeights(sum(each.numbers for each in found), sum(each.other_bytes for each in found))
+
+
+def _step_elements(config: Mapping[str, Any]) -> float:
+    if "block_out_channels" in config:
+        attends = "CrossAttn" in str(config["down_block_types"][0])
+        factor = ATTENTION_AT_FULL_SIZE if attends else CONVOLUTION_AT_FULL_SIZE
+        return factor * float(config["block_out_channels"][0])
+    try:
+        width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    except (KeyError, TypeError):
+        raise FootprintUnknown(
+            f"the network {config.get('_class_name', '')!r} is of no kind that is known here"
+        ) from None
+    if "num_single_layers" in config:
+        return PACKED_TRANSFORMER * width / 4  # Two by two latent places are one token.
+    return JOINT_TRANSFORMER * width / int(config.get("patch_size", 1)) ** 2
+
+
+def _decode_elements(vae: Mapping[str, Any], tiny: bool) -> float:
+    if tiny:
+        return TINY_AUTOENCODER * float(vae["decoder_block_out_channels"][-1])
+    return AUTOENCODER * float(vae["block_out_channels"][0])
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FootprintUnknown(f"{file}: cannot be read ({error}); give a directory in diffusers' format") from None
+    if not isinstance(found, dict):
+        raise FootprintUnknown(f"{file}: holds no JSON object; give a directory in diffusers' format")
+    return found

@@ -1,0 +1,137 @@
+"""From needs and room to decisions: which parts stay on the device, how many pictures go into one call, and what can never be made.
+
+Plain arithmetic over a `Footprint`, so that the Pod, the doctor and the door that refuses requests decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from executors.memory.footprint import Footprint
+
+GIB = 1 << 30
+MARGIN = 1.25
+"""What is planned is multiplied by this until the Pod's own measurements say better: allocators round, kernels need scratch."""
+SAFETY = 1.05
+"""The same over what was measured."""
+MANY = 1 << 16
+"""So many pictures are no limit."""
+_RATIO_MAX = 8.0
+Phase = str
+"""``step`` or ``decode``."""
+
+
+class Place(StrEnum):
+    """Where a pipeline's parts are while they are not used."""
+
+    DEVICE = "device"
+    """All of them on the device."""
+    ASIDE = "aside"
+    """Text encoders and autoencoder in host memory, on the device only while they work."""
+    NOWHERE = "nowhere"
+    """The network itself does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizePlan:
+    """What is decided for pictures of one size."""
+
+    width: int
+    height: int
+    at_once: int
+    """Pictures in one call of the network; 0: not even one."""
+    decoded_at_once: int
+    tiled: bool
+    """Decoded in tiles, since a whole picture does not fit."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether such a picture can be made at all."""
+        return self.at_once > 0 and self.decoded_at_once > 0
+
+
+@dataclass(slots=True)
+class MemoryPlan:
+    """The plan of one model on one device; `learn` corrects it by what calls have taken."""
+
+    footprint: Footprint
+    item_bytes: int
+    """Bytes of a number in the computing precision."""
+    room_bytes: int
+    """What may be allocated on the device in all."""
+    _ratios: dict[Phase, float] = field(default_factory=dict)
+
+    def place(self, width: int, height: int, rows: int = 2) -> Place:
+        """Decide where the parts lie, so that at least one picture of the model's own size can be made."""
+        whole = self.footprint.weights_bytes(self.item_bytes)
+        if whole + self._working_bytes(width, height, rows) <= self.room_bytes:
+            return Place.DEVICE
+        return Place.ASIDE if self.least_bytes(width, height, rows) <= self.room_bytes else Place.NOWHERE
+
+    def least_bytes(self, width: int, height: int, rows: int = 2) -> int:
+        """Return the smallest room in which one picture can be made: parts aside, decoded in tiles."""
+        print_, item = self.footprint, self.item_bytes
+        step = print_.weights_bytes(item, print_.stepped) + self._planned("step", width, height, rows, False)
+        decode = print_.weights_bytes(item, print_.stepped) + print_.weights_bytes(item, ("vae",))
+        decode += min(self._planned("decode", width, height, 1, tiled) for tiled in (False, print_.tiles))
+        return max(step, decode)
+
+    def size(
+        self, width: int, height: int, rows: int = 2, free_bytes: int | None = None, place: Place | None = None
+    ) -> SizePlan:
+        """Decide for pictures of a size; `free_bytes` is what is free now beside the weights, where that is known better."""
+        if free_bytes is None:
+            place = place or self.place(width, height, rows)
+            parts = self.footprint.stepped if place is Place.ASIDE else None
+            free_bytes = max(0, self.room_bytes - self.footprint.weights_bytes(self.item_bytes, parts))
+        at_once = self._fit("step", width, height, rows, free_bytes)
+        decoded = self._fit("decode", width, height, rows, free_bytes)
+        if decoded or not self.footprint.tiles:
+            return SizePlan(width, height, at_once, decoded, tiled=False)
+        fits = self._planned("decode", width, height, 1, True) <= free_bytes
+        return SizePlan(width, height, at_once, int(fits), tiled=fits)
+
+    def learn(self, phase: Phase, planned_bytes: int, measured_bytes: int) -> None:
+        """Take in what a call took beside the weights; the largest ratio seen lately holds, older ones fade."""
+        if planned_bytes <= 0 or measured_bytes <= 0:
+            return
+        ratio = min(_RATIO_MAX, measured_bytes / planned_bytes * SAFETY)
+        known = self._ratios.get(phase)
+        self._ratios[phase] = ratio if known is None or ratio > known else 0.98 * known + 0.02 * ratio
+
+    def planned(self, phase: Phase, width: int, height: int, rows: int, pictures: int, tiled: bool = False) -> int:
+        """Return what a call should take beside the weights, without any margin."""
+        if phase == "step":
+            return self.footprint.step_bytes(width, height, rows * pictures, self.item_bytes)
+        return self.footprint.decode_bytes(width, height, pictures, self.item_bytes, tiled)
+
+    def to_json(self) -> Mapping[str, object]:
+        """Return what was learned, for people."""
+        return {phase: round(ratio, 3) for phase, ratio in sorted(self._ratios.items())}
+
+    def _planned(self, phase: Phase, width: int, height: int, rows: int, tiled: bool) -> int:
+        ratio = self._ratios.get(phase, MARGIN)
+        return int(self.planned(phase, width, height, rows, 1, tiled) * ratio)
+
+    def _working_bytes(self, width: int, height: int, rows: int) -> int:
+        decode = min(self._planned("decode", width, height, 1, tiled) for tiled in (False, self.footprint.tiles))
+        return max(self._planned("step", width, height, rows, False), decode)
+
+    def _fit(self, phase: Phase, width: int, height: int, rows: int, free_bytes: int) -> int:
+        each = self._planned(phase, width, height, rows, False)
+        return MANY if each <= 0 else min(MANY, free_bytes // each)
+
+
+def too_large(footprint: Footprint, item_bytes: int, width: int, height: int, largest_bytes: int, model: str) -> str:
+    """Return why a picture can never be made on the largest card there is; empty when it can."""
+    plan = MemoryPlan(footprint, item_bytes, largest_bytes)
+    # At the door nothing is refused for a margin: what just might fit is for the Pod to try.
+    least = int(plan.least_bytes(width, height) / MARGIN)
+    if least <= largest_bytes:
+        return ""
+    return (
+        f"pictures of {width}x{height} from {model} need at least {least / GIB:.1f} GiB of GPU memory, the largest GPU here has "
+        f"{largest_bytes / GIB:.1f} GiB; ask for a smaller picture"
+    )

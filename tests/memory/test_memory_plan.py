@@ -1,0 +1,382 @@
+"""What is planned about memory is what the true architectures take, and what is decided from it is kept within the room."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executors.memory.footprint import (
+    Footprint,
+    FootprintUnknown,
+    PartWeights,
+    read_footprint,
+    read_header,
+    weight_files,
+)
+from executors.memory.plan import GIB, MARGIN, MemoryPlan, Place, SizePlan, too_large
+from executors.pod_models import BUILTIN_MODELS
+
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 512,
+}
+SD3_TRANSFORMER = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+}
+SD15_PARTS = {
+    "unet": PartWeights(859_520_964),
+    "vae": PartWeights(83_653_863),
+    "text_encoder": PartWeights(123_060_480, 616),
+}
+
+
+def write_safetensors(file: Path, **tensors: tuple[str, tuple[int, ...]]) -> None:
+    """Write a file whose header names these tensors; their bytes are not there, nobody reads them."""
+    header = json.dumps({n: {"dtype": d, "shape": s, "data_offsets": [0, 0]} for n, (d, s) in tensors.items()}).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def model_dir(root: Path, kind: str, unet: dict[str, Any], vae: dict[str, Any]) -> Path:
+    """Make a directory in diffusers' format with headers only."""
+    step = "transformer" if "patch_size" in unet else "unet"
+    index = {
+        "_class_name": kind,
+        step: ["diffusers", "X"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["d", "X"],
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "model_index.json").write_text(json.dumps(index))
+    write_safetensors(root / step / "diffusion_pytorch_model.safetensors", w=("F16", (10, 10)))
+    write_safetensors(root / "vae" / "diffusion_pytorch_model.safetensors", w=("F32", (5,)), ids=("I64", (3,)))
+    (root / step / "config.json").write_text(json.dumps(unet))
+    (root / "vae" / "config.json").write_text(json.dumps(vae))
+    return root
+
+
+@pytest.fixture
+def sd15(tmp_path: Path) -> Footprint:
+    read = read_footprint(model_dir(tmp_path / "sd15", "StableDiffusionPipeline", SD15_UNET, VAE))
+    return Footprint(SD15_PARTS, read.step_elements, read.decode_elements, read.factor)
+
+
+@pytest.fixture
+def sdxl(tmp_path: Path) -> Footprint:
+    return read_footprint(model_dir(tmp_path / "sdxl", "StableDiffusionXLPipeline", SDXL_UNET, VAE))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_counted_exactly_from_the_headers(tmp_path: Path) -> None:
+    read = read_footprint(model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET, VAE))
+    assert read.parts == {"unet": PartWeights(100), "vae": PartWeights(5, 24)}
+    assert read.weights_bytes(2) == 100 * 2 + 5 * 2 + 24
+    assert read.weights_bytes(4, ("vae",)) == 5 * 4 + 24
+    assert (read.stepped, read.factor) == (("unet",), 8)
+
+
+@pytest.mark.skipif(not (BUILTIN_MODELS["tiny"] / "model_index.json").is_file(), reason="the bundled model is not here")
+def test_the_bundled_models_weights_are_what_its_modules_hold() -> None:
+    torch = pytest.importorskip("torch")
+    from executors.methods import pipelines
+    from executors.methods.base import ModelRef
+
+    loaded = pipelines.load(ModelRef("tiny", BUILTIN_MODELS["tiny"]), "cpu")
+    read = read_footprint(BUILTIN_MODELS["tiny"])
+    for name, part in read.parts.items():
+        module = getattr(loaded.pipe, name)
+        held = sum(p.numel() * p.element_size() for p in module.parameters() if p.dtype is torch.float32)
+        assert part.nbytes(4) == held, name
+
+
+def test_files_of_a_variant_are_not_counted_twice(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        write_safetensors(tmp_path / name, w=("F16", (4,)))
+    assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    assert [file.name for file in weight_files(tmp_path)] == ["model.fp16.safetensors"]
+
+
+def test_shards_are_summed(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_safetensors(tmp_path / f"model-0000{number}-of-00002.safetensors", w=("BF16", (number, 10)))
+    assert sum(read_header(file).numbers for file in weight_files(tmp_path)) == 30
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        struct.pack("<Q", 50) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 9) + b"not json!",
+        struct.pack("<Q", 12) + b'{"a": [1,2]}',
+        struct.pack("<Q", 32) + b'{"a":{"dtype":"X9","shape":[1]}}',
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(FootprintUnknown, match=r"model\.safetensors"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "vae/config.json"])
+def test_a_directory_that_tells_too_little_says_what_is_missing(tmp_path: Path, missing: str) -> None:
+    folder = model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET, VAE)
+    (folder / missing).unlink()
+    with pytest.raises(FootprintUnknown, match=missing.replace(".", r"\.")):
+        read_footprint(folder)
+
+
+# --- activations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("rows", "side_px"), [(4, 512), (1, 768)])
+def test_a_step_of_stable_diffusion_takes_what_is_planned(sd15: Footprint, rows: int, side_px: int) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+    from fake_tracing import peak_bytes
+
+    side, half = side_px // 8, torch.float16
+
+    def call(unet: Any) -> None:
+        unet(torch.randn(rows, 4, side, side), torch.zeros(rows), encoder_hidden_states=torch.randn(rows, 77, 768))
+
+    traced = peak_bytes(lambda: UNet2DConditionModel(**SD15_UNET), half, call)
+    assert sd15.step_bytes(side_px, side_px, rows, 2) == pytest.approx(traced, rel=0.03)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_a_step_of_sdxl_takes_what_is_planned(sdxl: Footprint) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+    from fake_tracing import peak_bytes
+
+    def call(unet: Any) -> None:
+        extra = {"text_embeds": torch.randn(2, 1280), "time_ids": torch.randn(2, 6)}
+        states = torch.randn(2, 77, 2048)
+        unet(torch.randn(2, 4, 128, 128), torch.zeros(2), encoder_hidden_states=states, added_cond_kwargs=extra)
+
+    traced = peak_bytes(lambda: UNet2DConditionModel(**SDXL_UNET), torch.float16, call)
+    assert sdxl.step_bytes(1024, 1024, 2, 2) == pytest.approx(traced, rel=0.03)
+
+
+@pytest.mark.torch
+def test_a_step_of_sd3_takes_what_is_planned(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import SD3Transformer2DModel
+    from fake_tracing import peak_bytes
+
+    read = read_footprint(model_dir(tmp_path, "StableDiffusion3Pipeline", SD3_TRANSFORMER, VAE))
+
+    def call(transformer: Any) -> None:
+        transformer(
+            hidden_states=torch.randn(2, 16, 128, 128),
+            encoder_hidden_states=torch.randn(2, 154, 4096),
+            pooled_projections=torch.randn(2, 2048),
+            timestep=torch.zeros(2),
+        )
+
+    traced = peak_bytes(lambda: SD3Transformer2DModel(**SD3_TRANSFORMER), torch.float16, call)
+    assert read.step_bytes(1024, 1024, 2, 2) == pytest.approx(traced, rel=0.05)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_decoding_takes_what_is_planned(sd15: Footprint, pictures: int) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+    from fake_tracing import peak_bytes
+
+    def call(vae: Any) -> None:
+        vae.decode(torch.randn(pictures, 4, 64, 64))
+
+    traced = peak_bytes(lambda: AutoencoderKL(**VAE), torch.float16, call)
+    assert sd15.decode_bytes(512, 512, pictures, 2) == pytest.approx(traced, rel=0.02)
+
+
+@pytest.mark.torch
+def test_decoding_in_tiles_takes_little_more_than_one_tile(sd15: Footprint) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+    from fake_tracing import peak_bytes
+
+    def call(vae: Any) -> None:
+        vae.enable_tiling()
+        vae.decode(torch.randn(1, 4, 256, 256))
+
+    traced = peak_bytes(lambda: AutoencoderKL(**VAE), torch.float16, call)
+    planned = sd15.decode_bytes(2048, 2048, 1, 2, tiled=True)
+    assert traced <= planned <= 1.2 * traced
+    assert sd15.decode_bytes(2048, 2048, 1, 2) > 10 * planned
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(not (BUILTIN_MODELS["tiny"] / "model_index.json").is_file(), reason="the bundled model is not here")
+def test_the_bundled_models_activations_are_what_is_planned() -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from fake_tracing import peak_bytes
+
+    folder = BUILTIN_MODELS["tiny"]
+    read = read_footprint(folder)
+
+    def config(kind: Any, name: str) -> Any:
+        return kind.from_config(kind.load_config(folder / name))
+
+    def step(unet: Any) -> None:
+        unet(torch.randn(8, 4, 8, 8), torch.zeros(8), encoder_hidden_states=torch.randn(8, 32, 64))
+
+    traced = peak_bytes(lambda: config(UNet2DConditionModel, "unet"), torch.float32, step)
+    assert read.step_bytes(64, 64, 8, 4) == pytest.approx(traced, rel=0.05)
+    traced = peak_bytes(
+        lambda: config(AutoencoderTiny, "vae"), torch.float32, lambda vae: vae.decode(torch.randn(2, 4, 8, 8))
+    )
+    assert read.decode_bytes(64, 64, 2, 4) == pytest.approx(traced, rel=0.06)
+
+
+def test_sdxl_decodes_in_single_precision_where_it_is_told_to(sdxl: Footprint, sd15: Footprint) -> None:
+    assert sdxl.decode_bytes(512, 512, 1, 2) == 2 * sd15.decode_bytes(512, 512, 1, 2)
+
+
+# --- decisions ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_roomy_card_holds_everything_and_many_pictures(sd15: Footprint) -> None:
+    plan = MemoryPlan(sd15, 2, 24 * GIB)
+    assert plan.place(512, 512) is Place.DEVICE
+    size = plan.size(512, 512)
+    assert (size.tiled, size.possible) == (False, True)
+    assert size.at_once > 64
+
+
+def test_a_small_card_lays_what_waits_aside(sd15: Footprint) -> None:
+    everything = sd15.weights_bytes(2)
+    room = everything + int(0.3 * GIB)
+    plan = MemoryPlan(sd15, 2, room)
+    assert plan.place(512, 512) is Place.ASIDE
+    assert plan.size(512, 512, place=Place.ASIDE).at_once > plan.size(512, 512, place=Place.DEVICE).at_once
+    assert MemoryPlan(sd15, 2, GIB).place(512, 512) is Place.NOWHERE
+
+
+def test_a_picture_too_large_to_be_decoded_whole_is_decoded_in_tiles(sd15: Footprint) -> None:
+    plan = MemoryPlan(sd15, 2, 6 * GIB)
+    assert plan.size(1024, 1024) == SizePlan(1024, 1024, 6, 2, tiled=False)
+    large = plan.size(2048, 2048)
+    assert (large.tiled, large.decoded_at_once, large.possible) == (True, 1, True)
+    assert not plan.size(8192, 8192).possible
+
+
+def test_what_was_measured_takes_the_place_of_the_margin(sd15: Footprint) -> None:
+    plan = MemoryPlan(sd15, 2, 6 * GIB)
+    before = plan.size(512, 512).at_once
+    planned = plan.planned("step", 512, 512, 2, 4)
+    plan.learn("step", planned, planned)
+    assert plan.size(512, 512).at_once > before
+    plan.learn("step", planned, 2 * planned)
+    assert plan.size(512, 512).at_once < before * MARGIN / 2 + 1
+    assert plan.to_json() == {"step": 2.1}
+
+
+def test_one_large_measurement_fades(sd15: Footprint) -> None:
+    plan = MemoryPlan(sd15, 2, 6 * GIB)
+    plan.learn("decode", 100, 400)
+    for _ in range(300):
+        plan.learn("decode", 100, 100)
+    assert plan.to_json()["decode"] == pytest.approx(1.05, abs=0.02)
+    plan.learn("decode", 0, 100)
+    plan.learn("decode", 100, 0)
+    assert plan.to_json()["decode"] == pytest.approx(1.05, abs=0.02)
+
+
+@given(
+    room=st.integers(0, 100 * GIB),
+    width=st.integers(1, 512).map(lambda n: 8 * n),
+    height=st.integers(1, 512).map(lambda n: 8 * n),
+    rows=st.sampled_from([1, 2]),
+)
+def test_what_is_decided_stays_within_the_room(room: int, width: int, height: int, rows: int) -> None:
+    footprint = Footprint(SD15_PARTS, 8352.0, 768.0, 8)
+    plan = MemoryPlan(footprint, 2, room)
+    place = plan.place(width, height, rows)
+    size = plan.size(width, height, rows, place=place)
+    if place is Place.NOWHERE:
+        return
+    assert size.possible
+    weights = footprint.weights_bytes(2, footprint.stepped if place is Place.ASIDE else None)
+    assert weights + plan.planned("step", width, height, rows, size.at_once) <= room
+    assert (
+        weights + plan.planned("decode", width, height, size.decoded_at_once, size.decoded_at_once, size.tiled) <= room
+    )
+
+
+@given(st.integers(0, 100 * GIB))
+def test_more_room_never_means_less(room: int) -> None:
+    footprint = Footprint(SD15_PARTS, 8352.0, 768.0, 8)
+    small, large = MemoryPlan(footprint, 2, room), MemoryPlan(footprint, 2, room + GIB)
+    order = [Place.NOWHERE, Place.ASIDE, Place.DEVICE]
+    assert order.index(small.place(512, 512)) <= order.index(large.place(512, 512))
+    assert small.size(512, 512, place=Place.DEVICE).at_once <= large.size(512, 512, place=Place.DEVICE).at_once
+
+
+def test_what_can_never_be_made_is_told_with_the_remedy(sd15: Footprint) -> None:
+    assert too_large(sd15, 2, 512, 512, 8 * GIB, "sd15") == ""
+    said = too_large(sd15, 2, 16384, 16384, 8 * GIB, "sd15")
+    assert said.startswith("pictures of 16384x16384 from sd15 need at least ")
+    assert said.endswith("the largest GPU here has 8.0 GiB; ask for a smaller picture")
+
+
+def test_what_was_published_of_sd_1_4_lies_within_the_margin(sd15: Footprint) -> None:
+    published = 1760 * 512 * 512  # At the peak of diffusers' pipeline in half precision, weights left out.
+    planned = sd15.decode_bytes(512, 512, 1, 2)
+    assert planned <= published <= planned * MARGIN
