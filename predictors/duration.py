@@ -1,49 +1,57 @@
 """How long a task runs: the online stack of one AI method, which predicts one row and learns one row without batch training.
 
 In log space: a ladder of nested decayed means, corrected by short-memory means of its own residuals through recursive least
-squares; a second recursion predicts the size of the error, and a pool of standardised residuals gives the quantiles. All of it is
-measured from one level, which moves when everything drifts at once.
+squares; a second recursion predicts the size of the error, and a pool of standardised residuals gives the quantiles. Boosted
+trees on what is still missed serve while they are proven better. All of it is measured from one level, which moves when everything
+drifts at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from predictors.challenger import Challenger, ChallengerSettings, Refit, at_once, bounded
 from predictors.decay import DecayedMeans
 from predictors.drift import LevelShift
-from predictors.features import Request
+from predictors.errors import SPREAD_COLUMNS, Errors
+from predictors.features import COVARIATES, Request
 from predictors.ladder import Ladder
 from predictors.recursive import RecursiveLeastSquares, Vector
 from predictors.residuals import NORMAL_SPREAD, ResidualPool
+from predictors.tobit import beyond
+from predictors.trees import Trees
 
 MINUTE_S = 60.0
 HOUR_S = 3600.0
 DAY_S = 86400.0
 
-_MEMORIES: tuple[tuple[str, float, float], ...] = (
-    ("user", 21 * DAY_S, 1.0),
-    ("user", 20 * MINUTE_S, 1.0),
-    ("user", 5 * MINUTE_S, 0.5),
-    ("user_cell", 21 * DAY_S, 1.0),
-    ("user_cell", HOUR_S, 1.0),
-    ("model_lora", 2 * HOUR_S, 4.0),
-    ("model", 30 * MINUTE_S, 4.0),
-    ("model", 6 * MINUTE_S, 1.0),
-    ("all", 10 * MINUTE_S, 4.0),
+_MEMORIES: tuple[tuple[float, float], ...] = (
+    (21 * DAY_S, 1.0),
+    (20 * MINUTE_S, 1.0),
+    (5 * MINUTE_S, 0.5),
+    (21 * DAY_S, 1.0),
+    (HOUR_S, 1.0),
+    (2 * HOUR_S, 4.0),
+    (30 * MINUTE_S, 4.0),
+    (6 * MINUTE_S, 1.0),
+    (10 * MINUTE_S, 4.0),
 )
-"""What each table of residuals is keyed by, its memory, and how many observations its zero prior counts for."""
-
-_ELASTICITY_START = 0.5
-"""Before anything is learned, run time grows with the square root of pictures, steps and pixels."""
+"""The memory of each table of residuals, keyed by `Request.memories`, and how many observations its zero prior counts for."""
+_MODEL_30, _MODEL_6 = 6, 7
+_GROWTH = 0.5
 _FLOOR_S = 1e-3
-_NEWNESS = 0.45
-"""A model's first request errs by e to this more than others: new models differ more from each other than one from itself."""
-_CLIP = 12.0
-"""Standardised residuals are cut here, six times the usual spread: one freak must not stretch every tail."""
+_SAYS_NOTHING = -0.5
+"""A task stopped so many deviations from the centre says nothing; where nearly all are stopped, that holds the centre near."""
+_COLUMNS = 1 + COVARIATES + len(_MEMORIES) + 4
+_SPREAD = slice(_COLUMNS, _COLUMNS + SPREAD_COLUMNS)
+_EXTRAS = 1 + COVARIATES + 2 + 1
+WIDTH = _COLUMNS + SPREAD_COLUMNS + _EXTRAS
+"""Columns of what the trees see: those of both recursions, the ladder's mean, the sizes themselves, traits and the scale."""
+_RISING = (*range(1, 1 + COVARIATES), *range(WIDTH - _EXTRAS + 1, WIDTH - _EXTRAS + 1 + COVARIATES))
+"""Larger pictures, more steps and more pictures never lower a prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,8 @@ class DurationSettings:
     pool: int = 2000
     cells: int = 50_000
     prior_s: float = 10.0
-    """Run time assumed for the very first task of a method that declares none."""
+    """Run time assumed for the very first task of a method that declares none and whose work is not known."""
+    challenger: ChallengerSettings = field(default_factory=ChallengerSettings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,17 +73,23 @@ class Outlook:
     """What the stack knew about one request when it was asked: enough to learn from the outcome later."""
 
     level: float
-    """The frame it was made in; the other log seconds but `centre` are measured from it."""
+    """The frame it was made in; the other log seconds but the centres are measured from it."""
     base: float
     """Log seconds by the ladder, and by what was declared."""
     ladder_mean: float
     declared_mean: float
     """NaN when nothing was declared."""
-    centre: float
+    champion: float
     """Log seconds after the correction, the level added."""
+    centre: float
+    """The champion's, or the challenger's where it served."""
     scale: float
     row: Vector
-    scale_row: Vector
+    """All `WIDTH` columns."""
+    trees: Trees | None
+    """The challenger's, as they were."""
+    served: bool
+    """Whether the challenger served."""
     model_weight: float
     """How many fresh observations of the model stand behind it."""
     blind: bool
@@ -87,24 +102,25 @@ class DurationModel:
     __slots__ = (
         "_draws",
         "_residual_means",
+        "challenger",
+        "champion",
         "correction",
         "declared",
         "errors",
         "ladder",
         "level",
-        "pool",
         "settings",
-        "spread",
     )
 
-    def __init__(self, settings: DurationSettings | None = None) -> None:
+    def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings = settings or DurationSettings()
         self.ladder = Ladder(settings.ladder_memory_s, settings.strength, settings.cells)
-        self._residual_means = [DecayedMeans(memory_s, settings.cells) for _, memory_s, _ in _MEMORIES]
-        start = [0.0, *[_ELASTICITY_START] * 3, *[0.2] * len(_MEMORIES), 0.0, 0.0, 0.0, 0.0]
+        self._residual_means = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in _MEMORIES]
+        # Before anything is learned, run time grows with the square root of each size, and of the work where that can be counted.
+        start = [0.0, *[_GROWTH] * COVARIATES, *[0.2] * len(_MEMORIES), 0.0, 0.0, 0.0, 0.0]
         self.correction = RecursiveLeastSquares(start, ridge=1.0, forgetting=settings.forgetting)
-        self.spread = RecursiveLeastSquares([-1.5, 0, 0, 0, 0, 0, 0], ridge=4.0, forgetting=settings.forgetting)
-        self.pool = ResidualPool(settings.pool)
+        self.champion = Errors(settings.pool, settings.forgetting)
+        self.challenger = Challenger(settings.challenger, Errors(settings.pool, settings.forgetting), _RISING, refit)
         self.declared = DecayedMeans(settings.ladder_memory_s, settings.cells)
         self.errors = DecayedMeans(settings.ladder_memory_s, 8)
         self.level = LevelShift()
@@ -112,51 +128,69 @@ class DurationModel:
 
     def look(self, request: Request, now_s: float) -> Outlook:
         """Return the stack's view of a request at a time (seconds)."""
-        ladder_mean, distance, weights = self.ladder.climb(
-            request.ladder, now_s, math.log(request.declared_s or self.settings.prior_s), request.covariates
-        )
-        base, declared_mean = ladder_mean, math.nan
-        if request.declared_s > 0.0:
-            declared_mean = math.log(request.declared_s)
-            declared_mean += self.declared.shrunk(
-                request.model, now_s, self.declared.shrunk(None, now_s, 0.0, 2.0), self.settings.strength
-            )
-            of_ladder = self.errors.shrunk("ladder", now_s, 1.0, 1.0)
-            of_declared = self.errors.shrunk("declared", now_s, 0.25, 1.0)
-            base += (declared_mean - base) * (of_ladder + 1e-9) / (of_ladder + of_declared + 2e-9)
-        keys = _keys(request)
+        start = math.log(request.declared_s or request.work_s or self.settings.prior_s)
+        ladder_mean, distance, weights = self.ladder.climb(request.ladder, now_s, start, request.covariates)
+        base, declared_mean = self._declared(request, now_s, ladder_mean)
         values = [1.0, *distance]
-        for (name, _, strength), table in zip(_MEMORIES, self._residual_means, strict=True):
-            values.append(table.shrunk(keys[name], now_s, 0.0, strength))
+        tables = self._residual_means
+        for (_, strength), table, key in zip(_MEMORIES, tables, request.memories, strict=True):
+            values.append(table.shrunk(key, now_s, 0.0, strength))
         # How recently the model ran: one that went cold is loaded anew.
-        values.append(math.log1p(self._residual_means[6].weight(request.model, now_s)) - 1.0)
-        values.append(math.log1p(self._residual_means[7].weight(request.model, now_s)) - 0.5)
+        values.append(math.log1p(tables[_MODEL_30].weight(request.model, now_s)) - 1.0)
+        values.append(math.log1p(tables[_MODEL_6].weight(request.model, now_s)) - 0.5)
         values += request.load
-        row = np.array(values)
-        user = keys["user"]
-        scale_row = np.array(
-            [
-                1.0,
-                math.log1p(self._residual_means[0].weight(user, now_s)) - 2.0,
-                math.log1p(self._residual_means[1].weight(user, now_s)) - 0.5,
-                math.log1p(weights[3]) - 3.0,
-                math.log1p(weights[1]) - 5.0,
-                abs(values[5]),
-                request.load[0] - 1.0,
-            ]
+        values += (
+            1.0,
+            math.log1p(tables[0].weight(request.user, now_s)) - 2.0,
+            math.log1p(tables[1].weight(request.user, now_s)) - 0.5,
+            math.log1p(weights[3]) - 3.0,
+            math.log1p(weights[1]) - 5.0,
+            abs(values[2 + COVARIATES]),
+            request.load[0] - 1.0,
+            ladder_mean,
+            *request.covariates,
+            *request.traits,
+            0.0,
         )
+        row = np.array(values)
+        champion = self.level.level + base + self.correction.predict(row[:_COLUMNS])
+        scale = self.champion.scale(row[_SPREAD], weights[1])
+        row[-1] = math.log(scale)
+        challenger, centre = self.challenger, champion
+        served = challenger.serving and challenger.trees is not None
+        if served and challenger.trees is not None:
+            centre += bounded(challenger.trees.predict(row))
+            scale = challenger.errors.scale(row[_SPREAD], weights[1])
         return Outlook(
             level=self.level.level,
             base=base,
             ladder_mean=ladder_mean,
             declared_mean=declared_mean,
-            centre=self.level.level + base + self.correction.predict(row),
-            scale=math.exp(min(0.3, max(-6.0, self.spread.predict(scale_row) + _NEWNESS / (1.0 + weights[1])))),
+            champion=champion,
+            centre=centre,
+            scale=scale,
             row=row,
-            scale_row=scale_row,
+            trees=challenger.trees,
+            served=served,
             model_weight=weights[1],
             blind=weights[0] == 0.0 and request.declared_s <= 0.0,
         )
+
+    def _declared(self, request: Request, now_s: float, ladder_mean: float) -> tuple[float, float]:
+        """Return the ladder's mean moved towards what was declared, and the latter, corrected; NaN when nothing was."""
+        if request.declared_s <= 0.0:
+            return ladder_mean, math.nan
+        declared_mean = math.log(request.declared_s) + self.declared.shrunk(
+            request.model, now_s, self.declared.shrunk(None, now_s, 0.0, 2.0), self.settings.strength
+        )
+        of_ladder = self.errors.shrunk("ladder", now_s, 1.0, 1.0)
+        of_declared = self.errors.shrunk("declared", now_s, 0.25, 1.0)
+        share = (of_ladder + 1e-9) / (of_ladder + of_declared + 2e-9)
+        return ladder_mean + (declared_mean - ladder_mean) * share, declared_mean
+
+    def pool(self, outlook: Outlook) -> ResidualPool:
+        """Return the pool of errors that belongs to the stack which served."""
+        return self.challenger.errors.pool if outlook.served else self.champion.pool
 
     def learn(self, request: Request, outlook: Outlook, now_s: float, seconds: float, trust: float = 1.0) -> None:
         """Learn from a task that ran for so long (seconds on the reference GPU model) and has finished at ``now_s``.
@@ -165,38 +199,74 @@ class DurationModel:
         """
         log_s = math.log(max(seconds, _FLOOR_S)) - self.level.level
         if not outlook.blind and trust > 0.5:
-            self._learn_error(request, outlook, now_s, log_s)
+            self._learn_errors(request, outlook, log_s)
+            self._learn_residual(request, outlook, now_s, log_s - outlook.base, 1.0)
         self.ladder.add(request.ladder, now_s, log_s, request.covariates, trust)
         if request.declared_s > 0.0:
             self.errors.add("ladder", now_s, (log_s - outlook.ladder_mean) ** 2)
             self.errors.add("declared", now_s, (log_s - outlook.declared_mean) ** 2)
-            ratio = log_s - math.log(request.declared_s)
-            self.declared.add(None, now_s, ratio)
-            self.declared.add(request.model, now_s, ratio)
-
-    def _learn_error(self, request: Request, outlook: Outlook, now_s: float, log_s: float) -> None:
-        error = log_s - (outlook.centre - outlook.level)
-        self.level.hear(request.user, request.model, error, outlook.scale * NORMAL_SPREAD)
-        self.pool.add(max(-_CLIP, min(_CLIP, error / outlook.scale)))
-        self.spread.learn(outlook.scale_row, math.log(min(max(abs(error), 0.002), 3.0)))
-        residual = log_s - outlook.base
-        self.correction.learn(outlook.row, residual)
-        keys = _keys(request)
-        for (name, _, _), table in zip(_MEMORIES, self._residual_means, strict=True):
-            table.add(keys[name], now_s, residual)
+            self._learn_declared(request, now_s, log_s, 1.0)
 
     def learn_censored(self, request: Request, outlook: Outlook, now_s: float, at_least_s: float) -> None:
         """Learn from a task that was stopped after so long: it would have run longer.
 
-        Below the predicted median that says next to nothing and is skipped. Above it, the missing end is drawn from the residuals
-        that lie beyond, evenly (a van der Corput sequence), so that both the centre and the tail stay unbiased.
+        The histories take the step of Tobit's likelihood, weighed by the information that is left (`tobit.beyond`). The shape of
+        the errors takes an end drawn from those that lie beyond, evenly (a van der Corput sequence): what the product-limit
+        estimate would spread over them. None is drawn beyond the largest: draws would feed on draws.
         """
         residual = (math.log(max(at_least_s, _FLOOR_S)) - outlook.centre) / outlook.scale
-        if residual < self.pool.quantile(0.5):
+        pool = self.pool(outlook)
+        if outlook.blind or residual / NORMAL_SPREAD < _SAYS_NOTHING:
             return
+        level = self.level.level
+        offset, weight = beyond(residual / NORMAL_SPREAD)
+        log_s = outlook.centre - outlook.level + outlook.scale * NORMAL_SPREAD * offset
         self._draws += 1
-        drawn = self.pool.beyond(residual, _van_der_corput(self._draws))
-        self.learn(request, outlook, now_s, math.exp(outlook.centre + outlook.scale * drawn))
+        drawn = min(pool.beyond(residual, _van_der_corput(self._draws)), max(residual, pool.largest))
+        self._learn_errors(request, outlook, outlook.centre + outlook.scale * drawn - level, drawn=True)
+        self._learn_residual(request, outlook, now_s, log_s - outlook.base, weight)
+        self.ladder.add(request.ladder, now_s, log_s, request.covariates, weight)
+        if request.declared_s > 0.0:
+            self._learn_declared(request, now_s, log_s, weight)
+
+    def _learn_errors(self, request: Request, outlook: Outlook, log_s: float, drawn: bool = False) -> None:
+        """Learn how far both stacks were off a run time in log seconds, measured from the present level.
+
+        A time that was drawn says nothing of the errors' size: it was drawn by that size.
+        """
+        challenger = self.challenger
+        spread_row = outlook.row[_SPREAD]
+        champion_off = log_s - (outlook.champion - outlook.level)
+        centre, scale = outlook.centre, outlook.scale
+        if outlook.served:
+            champion_scale = self.champion.scale(spread_row, outlook.model_weight)
+        else:
+            champion_scale = scale
+            if outlook.trees is not None:
+                centre += bounded(outlook.trees.predict(outlook.row))
+                scale = challenger.errors.scale(spread_row, outlook.model_weight)
+        off = log_s - (outlook.centre - outlook.level)
+        self.level.hear(request.user, request.model, off, outlook.scale * NORMAL_SPREAD)
+        if outlook.trees is not None:
+            seconds = math.exp(min(log_s + outlook.level, 20.0))
+            challenger.judge(
+                self.champion.loss(outlook.champion, champion_scale, seconds),
+                challenger.errors.loss(centre, scale, seconds),
+            )
+            challenger.errors.learn(log_s - (centre - outlook.level), scale, spread_row, drawn)
+        self.champion.learn(champion_off, champion_scale, spread_row, drawn)
+        challenger.learn(outlook.row, champion_off)
+
+    def _learn_residual(self, request: Request, outlook: Outlook, now_s: float, residual: float, weight: float) -> None:
+        self.correction.learn(outlook.row[:_COLUMNS], residual, weight)
+        self.correction.keep_positive(1, 1 + COVARIATES)  # Larger must not seem quicker.
+        for table, key in zip(self._residual_means, request.memories, strict=True):
+            table.add(key, now_s, residual, weight)
+
+    def _learn_declared(self, request: Request, now_s: float, log_s: float, weight: float) -> None:
+        ratio = log_s - math.log(request.declared_s)
+        self.declared.add(None, now_s, ratio, weight)
+        self.declared.add(request.model, now_s, ratio, weight)
 
     def tables(self) -> list[DecayedMeans]:
         """Return the tables of residual means and of declared times, in a fixed order: what saving walks over."""
@@ -210,16 +280,6 @@ class DurationModel:
     @draws.setter
     def draws(self, value: int) -> None:
         self._draws = value
-
-
-def _keys(request: Request) -> dict[str, Hashable]:
-    return {
-        "user": request.user,
-        "user_cell": (request.user, request.ladder[3]),
-        "model_lora": request.ladder[2],
-        "model": request.model,
-        "all": None,
-    }
 
 
 def _van_der_corput(index: int) -> float:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from engine.tasks import SECOND, TaskSpec
+from engine.tasks import SECOND, TaskSpec, TaskType
+from predictors import physics
 
 Feature = str | int | float
 Key = tuple[Feature, ...]
+Covariates = tuple[float, float, float, float]
+"""Logarithms the run time scales with: pictures, steps, pixels per picture, and the work that these come to by arithmetic."""
 
-COVARIATES = 3
-"""Logarithms the run time scales with: pictures, steps, pixels per picture."""
+COVARIATES = 4
+TRAINING_METHODS = frozenset({"dreambooth"})
+_STEPS, _TRAINING_STEPS = 30.0, 400.0
+_PIXELS = 512.0 * 512.0
+_USUAL_WORK_S = physics.run_seconds(physics.SD15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +29,19 @@ class Request:
     model: str
     user: str
     ladder: tuple[Key, ...]
-    """Nested keys below the method: from the coarsest to the finest."""
-    covariates: tuple[float, float, float]
+    """Nested keys below the method: from the coarsest to the finest. None holds a size, so that larger never seems quicker."""
+    memories: tuple[Hashable, ...]
+    """Keys of the residual means: of the user, the user with the shape, the model with or without LoRA, the model, all."""
+    covariates: Covariates
+    """0 where unknown: one picture, the usual steps, 512 x 512 pixels or what the family was trained for."""
     load: tuple[float, float]
     """log1p of the requests in flight when it was submitted: in all, and for its model."""
     declared_s: float
     """Run time the caller declares; 0 when it declares none."""
+    work_s: float
+    """What the run would take on a typical GPU by its arithmetic; 0 when the model's family is unknown."""
+    traits: tuple[float, float]
+    """Number of LoRA adapters, and log1p of the prompt's length."""
     pixels: int
     """Pixels per picture; 0 when unknown."""
     batch: int
@@ -41,41 +54,72 @@ def read_request(features: Mapping[str, Feature]) -> Request:
     """Return the request that a feature mapping describes.
 
     Known names: ``method, task_type, model, user, kind, images, steps, width, height, loras, lora_set, style, prompt_length,
-    declared_us, seconds, in_flight, in_flight_model, weights_bytes, family``; others are ignored. Raises ValueError when a number
-    is not finite or not a number.
+    declared_us, seconds, in_flight, in_flight_model, weights_bytes, family, guidance``; others are ignored. Raises ValueError when
+    a number is not finite or not a number.
     """
     get = features.get
     method = str(get("method") or get("task_type") or "")
     model = str(get("model") or "")
+    user = str(get("user") or "")
     images = _number(features, "images")
     steps = _number(features, "steps")
     width = _number(features, "width")
     pixels = width * (_number(features, "height") or width)
     loras = _number(features, "loras")
+    prompt_length = _number(features, "prompt_length")
     with_lora = 1 if loras > 0 or get("lora_set") else 0
     seconds = _number(features, "seconds")
-    shape: Key = (model, with_lora, str(get("kind") or ""), images, steps, pixels, seconds)
-    style: Key = (
-        *shape,
-        loras,
-        str(get("lora_set") or ""),
-        str(get("style") or ""),
-        _number(features, "prompt_length"),
-    )
-    declared_s = _number(features, "declared_us") / SECOND or seconds
+    weights_bytes = _number(features, "weights_bytes")
+    family_name = str(get("family") or "")
+    family = physics.family_of(family_name, int(weights_bytes)) if family_name or weights_bytes else None
+    of_model: Key = (model, with_lora)
+    shape: Key = (model, with_lora, str(get("kind") or ""), seconds)
+    style: Key = (*shape, loras, str(get("lora_set") or ""), str(get("style") or ""), prompt_length)
+    training = method in TRAINING_METHODS or get("task_type") == TaskType.TP.value
+    covariates, work_s = _covariates(features, family, (images, steps, pixels), training)
+    of_user = (user, shape)
     return Request(
         method=method,
         model=model,
-        user=str(get("user") or ""),
-        ladder=((), (model,), (model, with_lora), shape, style),
-        covariates=(_log(images), _log(steps), _log(pixels)),
+        user=user,
+        ladder=((), (model,), of_model, shape, style),
+        memories=(user, user, user, of_user, of_user, of_model, model, model, None),
+        covariates=covariates,
         load=(math.log1p(_number(features, "in_flight")), math.log1p(_number(features, "in_flight_model"))),
-        declared_s=declared_s,
+        declared_s=_number(features, "declared_us") / SECOND or seconds,
+        work_s=work_s,
+        traits=(loras, math.log1p(prompt_length)),
         pixels=int(pixels),
         batch=max(1, int(images)),
-        weights_bytes=int(_number(features, "weights_bytes")),
-        family=str(get("family") or ""),
+        weights_bytes=int(weights_bytes),
+        family=family_name,
     )
+
+
+def _covariates(
+    features: Mapping[str, Feature],
+    family: physics.Family | None,
+    sizes: tuple[float, float, float],
+    training: bool,
+) -> tuple[Covariates, float]:
+    images, steps, pixels = sizes
+    log_images = math.log(images) if images > 1.0 else 0.0
+    log_steps = math.log(steps / (_TRAINING_STEPS if training else _STEPS)) if steps > 0.0 else 0.0
+    if family is None:
+        log_pixels = math.log(pixels / _PIXELS) if pixels > 0.0 else 0.0
+        return (log_images, log_steps, log_pixels, 0.0), 0.0
+    log_pixels = math.log((pixels or family.native_px**2) / _PIXELS)
+    edge = math.sqrt(pixels)
+    work_s = physics.run_seconds(
+        family,
+        width=edge,
+        height=edge,
+        steps=steps,
+        images=images,
+        guided=not 0.0 < _number(features, "guidance") <= 1.0,
+        training=training,
+    )
+    return (log_images, log_steps, log_pixels, math.log(work_s / _USUAL_WORK_S)), work_s
 
 
 def task_features(task: TaskSpec) -> dict[str, Feature]:
@@ -103,7 +147,3 @@ def _number(features: Mapping[str, Feature], name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"features.{name}: expected a finite number, got {value!r}; leave it out when it is unknown")
     return max(0.0, number)
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0.0 else 0.0

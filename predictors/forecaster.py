@@ -31,6 +31,7 @@ from engine.ports import Journal
 from engine.resources import GpuSpec
 from engine.tasks import NOT_RETRYABLE, TERMINAL_STATES, Estimate, FailureCause, Micros, TaskSpec
 from predictors import stored
+from predictors.challenger import Refit, at_once
 from predictors.features import Feature, Request, read_request, task_features
 from predictors.given import DeclaredForecaster, NoisyForecaster, OracleForecaster
 from predictors.predictor import Outcome, Prediction, Predictor
@@ -159,9 +160,12 @@ class OnlineForecaster:
         stored.save(self.predictor, path, extra)
 
     @classmethod
-    def load(cls, path: Path) -> OnlineForecaster:
-        """Return the forecaster saved at ``path``; raises FileNotFoundError or `stored.StateUnusable`."""
-        predictor, extra = stored.load(path)
+    def load(cls, path: Path, refit: Refit = at_once) -> OnlineForecaster:
+        """Return the forecaster saved at ``path``; raises FileNotFoundError or `stored.StateUnusable`.
+
+        ``refit`` says where challengers are fitted: at once, or `InBackground`.
+        """
+        predictor, extra = stored.load(path, refit)
         forecaster = cls(predictor, extra["max_tracked"])
         forecaster._restore(extra)
         return forecaster

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from predictors.decay import Cell
-from predictors.features import COVARIATES, Key
+from predictors.features import COVARIATES, Covariates, Key
 
 _GUESS_STRENGTH = 0.25
 
@@ -31,15 +31,15 @@ class Ladder:
         return len(self.cells)
 
     def climb(
-        self, keys: Sequence[Key], now_s: float, start: float, covariates: tuple[float, float, float]
-    ) -> tuple[float, tuple[float, float, float], list[float]]:
+        self, keys: Sequence[Key], now_s: float, start: float, covariates: Covariates
+    ) -> tuple[float, Covariates, list[float]]:
         """Return the shrunk mean, the covariates' distance from the history's own, and each rung's weight.
 
         Without any history the mean is ``start`` and the distance is zero. The start is a guess, so the first rung hardly holds on
         to it.
         """
         mean = start
-        pictures, steps, pixels = own_pictures, own_steps, own_pixels = covariates
+        pictures, steps, pixels, work = own_pictures, own_steps, own_pixels, own_work = covariates
         weights: list[float] = []
         strength = _GUESS_STRENGTH
         for key in keys:
@@ -47,7 +47,7 @@ class Ladder:
             if cell is None:
                 weights.append(0.0)
                 continue
-            decay = math.exp(min(0.0, cell[5] - now_s) / self.memory_s)
+            decay = math.exp(min(0.0, cell[6] - now_s) / self.memory_s)
             weight = cell[0] * decay
             weights.append(weight)
             keep = strength / (weight + strength)
@@ -57,14 +57,15 @@ class Ladder:
             pictures = keep * pictures + share * cell[2]
             steps = keep * steps + share * cell[3]
             pixels = keep * pixels + share * cell[4]
-        return mean, (own_pictures - pictures, own_steps - steps, own_pixels - pixels), weights
+            work = keep * work + share * cell[5]
+        return mean, (own_pictures - pictures, own_steps - steps, own_pixels - pixels, own_work - work), weights
 
     def add(
         self,
         keys: Sequence[Key],
         now_s: float,
         target: float,
-        covariates: tuple[float, float, float],
+        covariates: Covariates,
         weight: float = 1.0,
     ) -> None:
         """Add one observation to every rung."""
@@ -72,15 +73,16 @@ class Ladder:
             cell = self.cells.pop(key, None)
             if cell is None:
                 cell = [0.0] * (3 + COVARIATES)
-                cell[5] = now_s
-            decay = math.exp(min(0.0, cell[5] - now_s) / self.memory_s)
+                cell[6] = now_s
+            decay = math.exp(min(0.0, cell[6] - now_s) / self.memory_s)
             self.cells[key] = [
                 cell[0] * decay + weight,
                 cell[1] * decay + weight * target,
                 cell[2] * decay + weight * covariates[0],
                 cell[3] * decay + weight * covariates[1],
                 cell[4] * decay + weight * covariates[2],
-                max(cell[5], now_s),
+                cell[5] * decay + weight * covariates[3],
+                max(cell[6], now_s),
             ]
         while len(self.cells) > self.limit:
             del self.cells[next(iter(self.cells))]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.tasks import SECOND, Micros, Quantiles
+from predictors.challenger import Refit, at_once
 from predictors.duration import DurationModel, DurationSettings, Outlook
 from predictors.failure import FailureModel
 from predictors.features import Feature, Request, read_request
@@ -97,10 +98,11 @@ class Predictor:
     It learns only what it is told, so label delay is honoured as long as `observe` is called when a task has ended.
     """
 
-    __slots__ = ("failures", "memory", "methods", "settings", "speeds", "watermark_us")
+    __slots__ = ("failures", "memory", "methods", "refit", "settings", "speeds", "watermark_us")
 
-    def __init__(self, settings: DurationSettings | None = None) -> None:
+    def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings or DurationSettings()
+        self.refit = refit
         self.methods: dict[str, DurationModel] = {}
         self.failures = FailureModel()
         self.memory = GpuMemoryModel()
@@ -156,7 +158,8 @@ class Predictor:
         """Return the run time at any quantile levels (each within 0 and 1), from the present pool of residuals."""
         model = self.methods.get(prediction.request.method) or self._new_model(prediction.request.method)
         centre, scale = prediction.outlook.centre + prediction.log_ratio, prediction.outlook.scale
-        return tuple(_micros(centre + scale * model.pool.quantile(level)) for level in levels)
+        pool = model.pool(prediction.outlook)
+        return tuple(_micros(centre + scale * pool.quantile(level)) for level in levels)
 
     def observe(
         self,
@@ -183,7 +186,7 @@ class Predictor:
             self.failures.learn(request, now_s, failed=outcome is not Outcome.FINISHED)
         if outcome is Outcome.OUT_OF_MEMORY:
             self.memory.learn_out_of_memory(request, now_s, allotted_gpu_memory_bytes, peak_gpu_memory_bytes)
-        if outcome in (Outcome.OUT_OF_MEMORY, Outcome.FAILED) or run_us <= 0:
+        if outcome is Outcome.FAILED or run_us <= 0:
             return
         model = self._touch(request.method)
         outlook = prediction.outlook if prediction is not None else model.look(request, now_s)
@@ -206,16 +209,17 @@ class Predictor:
         return model
 
     def _new_model(self, method: str) -> DurationModel:
-        return DurationModel(replace(self.settings, prior_s=_PRIOR_S.get(method, self.settings.prior_s)))
+        return DurationModel(replace(self.settings, prior_s=_PRIOR_S.get(method, self.settings.prior_s)), self.refit)
 
 
 def _times(
     model: DurationModel, outlook: Outlook, log_ratio: float, elapsed_us: Micros
 ) -> tuple[Micros, tuple[Micros, ...]]:
-    centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool
+    centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool(outlook)
     if elapsed_us <= 0:
         times = [_micros(centre + scale * z) for z in pool.quantiles(LEVELS)]
-        return min(LONGEST_US, int(math.exp(min(centre, 40.0)) * pool.smear(scale) * SECOND)), tuple(times)
+        # A mean beyond P99 would be one freak's: in a young pool a single residual can weigh that much.
+        return min(times[12], int(math.exp(min(centre, 20.0)) * pool.smear(scale) * SECOND)), tuple(times)
     gone = (math.log(elapsed_us / SECOND) - centre) / scale
     times = [max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in LEVELS]
     points = [(i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)]

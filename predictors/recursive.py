@@ -37,3 +37,13 @@ class RecursiveLeastSquares:
         self.covariance -= np.outer(gain, direction)
         if float(self.covariance.trace()) < self._trace_cap:
             self.covariance /= self.forgetting
+
+    def keep_positive(self, first: int, end: int) -> None:
+        """Bring coefficients of a range that fell below zero back to it; the others move as the squares that remain least ask."""
+        weights = self.weights
+        if float(weights[first:end].min()) >= 0.0:
+            return
+        for place in range(first, end):
+            if weights[place] < 0.0:
+                weights -= self.covariance[:, place] * (weights[place] / self.covariance[place, place])
+        np.maximum(weights[first:end], 0.0, out=weights[first:end])

@@ -49,6 +49,11 @@ class ResidualPool:
         """Return the number of real residuals in the pool."""
         return len(self._order) - self._pseudo
 
+    @property
+    def largest(self) -> float:
+        """Return the largest residual in the pool."""
+        return self._sorted[-1]
+
     def add(self, residual: float) -> None:
         """Add one residual; the oldest leaves when the pool is full or still holds one of those it started with."""
         if self._pseudo or len(self._order) >= self.limit:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from engine.tasks import Micros
+from predictors.challenger import ChallengerSettings, Refit, at_once
 from predictors.decay import DecayedMeans
 from predictors.duration import DurationModel, DurationSettings
+from predictors.errors import Errors
 from predictors.ladder import Ladder
 from predictors.predictor import Predictor
 from predictors.recursive import RecursiveLeastSquares
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class StateUnusable(ValueError):
@@ -52,7 +54,7 @@ def save(predictor: Predictor, path: Path, extra: dict[str, Any] | None = None) 
         part.unlink(missing_ok=True)
 
 
-def load(path: Path) -> tuple[Predictor, dict[str, Any]]:
+def load(path: Path, refit: Refit = at_once) -> tuple[Predictor, dict[str, Any]]:
     """Return the predictor saved at ``path`` and the caller's extra values.
 
     Raises FileNotFoundError, or StateUnusable when the file is damaged or of another schema.
@@ -69,7 +71,7 @@ def load(path: Path) -> tuple[Predictor, dict[str, Any]]:
     if hashlib.sha256(state.encode()).hexdigest() != checksum:
         raise StateUnusable(f"{path}: checksum differs, the file is damaged; remove it to start anew")
     document = json.loads(state)
-    return _restored(document["predictor"]), document["extra"]
+    return _restored(document["predictor"], refit), document["extra"]
 
 
 def watermark_us(path: Path) -> Micros:
@@ -93,10 +95,10 @@ def _predictor(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _restored(document: dict[str, Any]) -> Predictor:
-    predictor = Predictor(DurationSettings(**document["settings"]))
+def _restored(document: dict[str, Any], refit: Refit) -> Predictor:
+    predictor = Predictor(_settings(document["settings"]), refit)
     predictor.watermark_us = document["watermark_us"]
-    predictor.methods = {name: _restored_duration(model) for name, model in document["methods"]}
+    predictor.methods = {name: _restored_duration(model, refit) for name, model in document["methods"]}
     _fill(predictor.failures.rates, document["failures"])
     memory = document["memory"]
     _fill(predictor.memory.ratios, memory["ratios"])
@@ -113,21 +115,22 @@ def _duration(model: DurationModel) -> dict[str, Any]:
         "ladder": _rows(model.ladder.rows()),
         "tables": [_rows(table.rows()) for table in model.tables()],
         "correction": _recursion(model.correction),
-        "spread": _recursion(model.spread),
-        "pool": model.pool.state(),
+        "champion": _errors(model.champion),
+        "challenger": {"errors": _errors(model.challenger.errors), "standing": model.challenger.state()},
         "level": model.level.state(),
         "draws": model.draws,
     }
 
 
-def _restored_duration(document: dict[str, Any]) -> DurationModel:
-    model = DurationModel(DurationSettings(**document["settings"]))
+def _restored_duration(document: dict[str, Any], refit: Refit) -> DurationModel:
+    model = DurationModel(_settings(document["settings"]), refit)
     _fill(model.ladder, document["ladder"])
     for table, rows in zip(model.tables(), document["tables"], strict=True):
         _fill(table, rows)
     _fill_recursion(model.correction, document["correction"])
-    _fill_recursion(model.spread, document["spread"])
-    model.pool.restore(**document["pool"])
+    _fill_errors(model.champion, document["champion"])
+    _fill_errors(model.challenger.errors, document["challenger"]["errors"])
+    model.challenger.restore(document["challenger"]["standing"])
     model.level.restore(**document["level"])
     model.draws = document["draws"]
     return model
@@ -152,6 +155,19 @@ def _recursion(recursion: RecursiveLeastSquares) -> dict[str, Any]:
 def _fill_recursion(recursion: RecursiveLeastSquares, document: dict[str, Any]) -> None:
     recursion.weights = np.array(document["weights"])
     recursion.covariance = np.array(document["covariance"])
+
+
+def _errors(errors: Errors) -> dict[str, Any]:
+    return {"spread": _recursion(errors.spread), "pool": errors.pool.state()}
+
+
+def _fill_errors(errors: Errors, document: dict[str, Any]) -> None:
+    _fill_recursion(errors.spread, document["spread"])
+    errors.pool.restore(**document["pool"])
+
+
+def _settings(document: dict[str, Any]) -> DurationSettings:
+    return DurationSettings(**{**document, "challenger": ChallengerSettings(**document["challenger"])})
 
 
 def _sync_directory(directory: Path) -> None:

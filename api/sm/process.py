@@ -53,7 +53,9 @@ from executors import curve
 from executors.dfs import open_store
 from executors.ports import FileStore
 from executors.zmq_world import ZmqWorld
+from predictors.challenger import InBackground
 from predictors.forecaster import DeclaredForecaster, OnlineForecaster
+from predictors.predictor import Predictor
 from predictors.stored import StateUnusable
 
 _log = structlog.get_logger("sm")
@@ -328,10 +330,11 @@ def make_forecaster(kind: str, records: Sequence[Record], file: Path | None = No
         return NoForecast()
     if kind == "declared":
         return DeclaredForecaster()
-    forecaster = OnlineForecaster()
+    refit = InBackground()
+    forecaster = OnlineForecaster(Predictor(refit=refit))
     if file is not None and file.is_file():
         try:
-            forecaster = OnlineForecaster.load(file)
+            forecaster = OnlineForecaster.load(file, refit)
         except StateUnusable as error:
             _log.warning("forecaster_begins_anew", file=str(file), error=str(error))
     known = forecaster.predictor.watermark_us
@@ -353,6 +356,7 @@ def method_defaults(settings: Settings) -> dict[str, MethodDefaults]:
                 memory_bytes=section.memory_bytes,
             ),
             slots=section.slots,
+            urgent_slots=section.urgent_slots,
             max_attempts=section.max_attempts,
             run_limit_us=section.run_limit_s * SECOND,
         )

@@ -97,7 +97,7 @@ def test_saving_again_replaces_the_file_and_a_failed_save_leaves_it(tmp_path: Pa
     [
         (lambda text: text.replace('"watermark_us":1000000', '"watermark_us":2000000', 1), "checksum"),
         (lambda text: text[:-40], "checksum"),
-        (lambda text: text.replace('"schema": 1', '"schema": 99'), "schema 99"),
+        (lambda text: text.replace('"schema": 2', '"schema": 99'), "schema 99"),
         (lambda text: "garbage", "not a saved predictor"),
         (lambda text: "[]\n{}", "not a saved predictor"),
     ],
