@@ -33,6 +33,8 @@ class JobView(BaseModel):
     progress_total: int = 0
     progress_note: str = ""
     """The method's word about its last step, such as a training's loss."""
+    progress_preview: str = ""
+    """File id of a small picture of what there is so far, where the job asked for previews; gone when the attempt ends."""
     submitted_at: float
     """Unix seconds, like every time here."""
     started_at: float | None = None

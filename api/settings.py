@@ -98,6 +98,8 @@ class MethodSection(_Section):
     """Host memory; 0: no limit."""
     slots: int = Field(1, ge=1)
     """Tasks a Pod may hold at once."""
+    urgent_slots: int = Field(0, ge=0)
+    """Urgent tasks that a Pod takes beyond its slots when all are taken, as many as `slots` at most."""
     max_attempts: int = Field(3, ge=1, le=20)
     """Attempts before a task goes to the dead letter."""
     run_limit_s: int = Field(3600, ge=1)
@@ -106,7 +108,7 @@ class MethodSection(_Section):
 
 def _default_methods() -> dict[str, MethodSection]:
     return {
-        "text_to_image": MethodSection(slots=4, run_limit_s=1800),
+        "text_to_image": MethodSection(slots=4, urgent_slots=2, run_limit_s=1800),
         "dreambooth": MethodSection(run_limit_s=6 * 3600),
         "sleep": MethodSection(run_limit_s=24 * 3600),
     }

@@ -113,6 +113,8 @@ def tenant_configured(state: State, now: Micros, e: ev.TenantConfigured) -> None
 def model_deployed(state: State, now: Micros, e: ev.ModelDeployed) -> None:
     """Warm Pods are wanted for a model, maybe by a personalised one that shares them with others."""
     state.deployed += 1
+    if e.adapter:
+        state.deployments.pop((e.method, e.adapter), None)  # from when personalised models had Pods of their own
     known = state.deployments.get((e.method, e.model))
     wanted = {} if known is None else dict(known.wanted)
     wanted[e.adapter] = e.pods
@@ -123,7 +125,10 @@ def model_undeployed(state: State, now: Micros, e: ev.ModelUndeployed) -> None:
     """No warm Pod is kept for a model, unless others share them; those that are idle go in time."""
     known = state.deployments.get((e.method, e.model))
     if known is None or e.adapter not in known.wanted:
-        state.ignore(e)
+        if e.adapter and state.deployments.pop((e.method, e.adapter), None) is not None:
+            state.deployed += 1  # from when personalised models had Pods of their own
+        else:
+            state.ignore(e)
         return
     state.deployed += 1
     wanted = dict(known.wanted)

@@ -94,9 +94,11 @@ class Attempt:
         self.priority = self._terms.priority
         self.adapters: tuple[GivenAdapter, ...] = ()
 
-    def take_adapters(self, held: str) -> None:
-        """Bring the adapters' files to this node; the Pod's model is, or was made from, the base `held`. Raises as `_adapter`."""
-        self.adapters = tuple(self._adapter(each, held) for each in self._terms.adapters)
+    def take_adapters(self, held: Mapping[str, Any]) -> None:
+        """Bring the adapters' files to this node, but for one that the Pod's own model `held` is; raises as `_adapter`."""
+        base = str(held.get("base") or held.get("id") or "")
+        wanted = [each for each in self._terms.adapters if each.model != held.get("id")]
+        self.adapters = tuple(self._adapter(each, base) for each in wanted)
 
     def _adapter(self, terms: AdapterTerms, held: str) -> GivenAdapter:
         """Bring an adapter's files to this node; raises ModelMissing, InputRefused for one that belongs to another base."""
@@ -246,7 +248,7 @@ class Attempts:
         try:
             attempt = Attempt(order, self._spec, self._link, self._orders, self._models, self._store, self._previews)
             parameters = self._validate(order.parameters)
-            attempt.take_adapters(str(self._spec.model.get("base") or self._spec.model.get("id") or ""))
+            attempt.take_adapters(self._spec.model)
             result = self._method.run(parameters, attempt)
             attempt.flush()
             run_us = round((time.monotonic() - began) * 1e6)

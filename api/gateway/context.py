@@ -119,6 +119,9 @@ class Job(JobView):
     """A job with links. Each file of its result carries `url` (needs no key, expires) and `content_url` (stable, needs the key)."""
 
     links: Links
+    preview_url: str = Field(
+        default="", description="Where the picture of `progress_preview` is, without a key, for a while."
+    )
 
 
 class JobChange(BaseModel):
@@ -151,4 +154,7 @@ def job_of(parts: Gateway, request: Request, view: JobView) -> Job:
                 file["url"] = parts.link(request, file["file_id"])
                 file["content_url"] = f"{base}/v1/files/{file['file_id']}/content"
         fields["result"] = {**view.result, "files": files}
+    if FILE_ID.fullmatch(view.progress_preview):
+        parts.records.own(view.tenant, [view.progress_preview], parts.clock_s())
+        fields["preview_url"] = parts.link(request, view.progress_preview)
     return Job(**fields, links=Links(self=path, events=f"{path}/events", cancel=f"{path}/cancel", why=f"{path}/why"))

@@ -222,7 +222,14 @@ class Submissions:
                         param=field,
                     )
         name = MODEL_PARAMETERS.get(request.method, "")
-        model, field = str(parameters.get(name, "")), "model" if request.model else f"parameters.{name}"
+        await self._check_model(
+            caller, str(parameters.get(name, "")), "model" if request.model else f"parameters.{name}"
+        )
+        for number, use in enumerate(parameters.get("adapters") or ()):
+            await self._check_model(caller, str(use["model"]), f"parameters.adapters.{number}.model")
+
+    async def _check_model(self, caller: Caller, model: str, field: str) -> None:
+        """Refuse a model that the caller may not use, or that is not there."""
         if not model or model in self._config.public_models:
             return
         try:

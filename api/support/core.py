@@ -26,6 +26,7 @@ from api.support.intake import MethodDefaults, Request, understand
 from api.support.jobs import TRAINING_METHOD, Folded, Job, JobFold
 from api.support.payloads import StorePayloads
 from api.support.pictures import problem
+from api.support.sharing import pod_model
 from api.support.store import Store
 from api.support.threads import IntakeThread, MailThread
 from engine.commands import Command
@@ -244,11 +245,14 @@ class SupportCore:
             self.post(self.deployment(job.model, request.pods))
 
     def deployment(self, model_id: str, pods: int) -> ModelDeployed | ModelUndeployed:
-        """Return the event that keeps `pods` warm Pods with a model."""
+        """Return the event that keeps `pods` warm Pods with a model; LoRAs of one base share those of the base."""
+        model = self.store.model(model_id)
+        held, adapters = pod_model(model, self.store.model) if model is not None else (model_id, ())
+        adapter = adapters[0] if adapters else ""
         if pods == 0:
-            return ModelUndeployed(model_id, GENERATES)
+            return ModelUndeployed(held, GENERATES, adapter)
         defaults = self.methods.get(GENERATES, MethodDefaults())
-        return ModelDeployed(model_id, GENERATES, defaults.demand, defaults.slots, pods)
+        return ModelDeployed(held, GENERATES, defaults.demand, defaults.slots, pods, adapter)
 
     def again(self, job: Job) -> TaskSpec:
         """Return the task of a stored job once more; raises SupportRefused where its model or method is gone."""

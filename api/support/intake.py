@@ -11,6 +11,7 @@ from typing import Any
 
 from api.mq.messages import Message, MessageRefused
 from api.support.jobs import TRAINING_METHOD, Job, Model
+from api.support.sharing import ModelsDoNotFit, further, pod_model
 from engine.resources import Demand
 from engine.tasks import SECOND, Affinity, Micros, TaskSpec, TaskType
 from executors.methods.parameters import ParameterError, validate
@@ -28,6 +29,7 @@ class MethodDefaults:
 
     demand: Demand = field(default_factory=Demand)
     slots: int = 1
+    urgent_slots: int = 0
     max_attempts: int = 3
     run_limit_us: Micros | None = None
 
@@ -77,8 +79,14 @@ def understand(
             message, "invalid", f"body.method: {method!r} is unknown; choose one of: {', '.join(sorted(methods))}"
         )
     job.parameters = _parameters(message, default_model)
-    job.model = _model(message, job, find_model)
-    return Request(job, _spec(message, job, methods[method]))
+    model = _model(message, job, find_model)
+    held = ""
+    adapters: tuple[str, ...] = ()
+    if model is not None:
+        job.model = held = model.model_id
+        if method == GENERATION_METHOD:
+            held, adapters = _shared(message, job, model, find_model)
+    return Request(job, _spec(message, job, methods[method], held, adapters))
 
 
 def header_of(message: Message) -> dict[str, Any]:
@@ -102,11 +110,24 @@ def _parameters(message: Message, default_model: str) -> dict[str, Any]:
     return parameters
 
 
-def _model(message: Message, job: Job, find_model: Callable[[str], Model | None]) -> str:
+def _shared(
+    message: Message, job: Job, model: Model, find_model: Callable[[str], Model | None]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the model that the Pod holds and the adapters that the task adds."""
+    held, adapters = pod_model(model, find_model)
+    try:
+        others = further(model, job.parameters.get("adapters") or (), job.tenant, find_model)
+    except ModelsDoNotFit as error:
+        code = "model_unknown" if "there is no model" in str(error) else "invalid"
+        raise _refused(message, code, f"body.parameters.{error}") from None
+    return held, (*adapters, *(other.model_id for other, _ in others))
+
+
+def _model(message: Message, job: Job, find_model: Callable[[str], Model | None]) -> Model | None:
     field_name = "base_model" if job.method == TRAINING_METHOD else "model"
     model_id = job.parameters.get(field_name)
     if model_id is None:
-        return ""
+        return None
     model = find_model(str(model_id))
     where = f"body.parameters.{field_name}"
     if model is None or model.tenant not in ("", job.tenant):
@@ -119,10 +140,10 @@ def _model(message: Message, job: Job, find_model: Callable[[str], Model | None]
         raise _refused(
             message, "invalid", f"{where}: {model_id!r} was itself trained; train from its base {model.base!r}"
         )
-    return model.model_id
+    return model
 
 
-def _spec(message: Message, job: Job, defaults: MethodDefaults) -> TaskSpec:
+def _spec(message: Message, job: Job, defaults: MethodDefaults, held: str, adapters: tuple[str, ...]) -> TaskSpec:
     header, parameters = message.header, job.parameters
     declared = int(float(parameters.get("seconds", 1.0)) * SECOND) if job.method == "sleep" else None
     return TaskSpec(
@@ -131,7 +152,7 @@ def _spec(message: Message, job: Job, defaults: MethodDefaults) -> TaskSpec:
         group=job.group,
         task_type=TaskType(job.task_type),
         method=job.method,
-        model=job.model,
+        model=held,
         priority=job.priority,
         demand=defaults.demand,
         slots=defaults.slots,
@@ -140,13 +161,17 @@ def _spec(message: Message, job: Job, defaults: MethodDefaults) -> TaskSpec:
         run_limit_us=defaults.run_limit_us,
         max_attempts=defaults.max_attempts,
         declared_us=declared,
-        features=_features(job),
+        features=_features(job, held, adapters),
+        adapters=adapters,
+        urgent_slots=defaults.urgent_slots,
     )
 
 
-def _features(job: Job) -> tuple[tuple[str, str | int | float], ...]:
-    """Return what predictions key on, sorted by name."""
-    known: dict[str, str | int | float] = {"user": job.tenant, "model": job.model}
+def _features(job: Job, held: str, adapters: tuple[str, ...]) -> tuple[tuple[str, str | int | float], ...]:
+    """Return what predictions key on, sorted by name: models that share Pods are one to them."""
+    known: dict[str, str | int | float] = {"user": job.tenant, "model": held}
+    if adapters:
+        known["loras"] = len(adapters)
     names = {
         "count": "images",
         "steps": "steps",

@@ -62,6 +62,8 @@ class Job:
     """Its place in the tenant's quota: reserved, used, released."""
     progress_note: str = ""
     """What the method said of its last step; not stored, the next step says it anew."""
+    progress_preview: str = ""
+    """File id of a small picture of what there is so far; not stored, and gone when the attempt ends."""
     checkpoints: list[str] = field(default_factory=list)
     """File ids of the last ones that its attempts told of in this life of SS; not stored."""
 
@@ -167,10 +169,10 @@ class JobFold:
                     self._saved(event)
                 case TaskStopped():
                     self._saved(event)
-                case ModelDeployed(model=model, pods=pods):
-                    self._deployed(folded, at, model, pods)
-                case ModelUndeployed(model=model):
-                    self._deployed(folded, at, model, 0)
+                case ModelDeployed(model=model, pods=pods, adapter=adapter):
+                    self._deployed(folded, at, adapter or model, pods)
+                case ModelUndeployed(model=model, adapter=adapter):
+                    self._deployed(folded, at, adapter or model, 0)
                 case _:
                     pass
         for command in commands:
@@ -196,6 +198,7 @@ class JobFold:
         if job is None or job.terminal or event.attempt != job.attempt or event.rank != 0:
             return
         job.progress_done, job.progress_total, job.progress_note = event.done, event.total, event.note
+        job.progress_preview = event.preview or job.progress_preview
         self._change(folded, "progress", at, job, durable=False)
 
     def _deployed(self, folded: Folded, at: float, model: str, pods: int) -> None:
@@ -226,7 +229,7 @@ class JobFold:
         if notice.state in _STARTED and job.started_at is None:
             job.started_at = at
         if notice.state is not TaskState.RUNNING:
-            job.progress_note = ""
+            job.progress_note = job.progress_preview = ""
         if notice.state is TaskState.BACKOFF:
             job.progress_done = job.progress_total = 0
         if notice.state not in TERMINAL_STATES:
@@ -334,6 +337,7 @@ def view_of(job: Job) -> dict[str, Any]:
         "progress_done": job.progress_done,
         "progress_total": job.progress_total,
         "progress_note": job.progress_note,
+        "progress_preview": job.progress_preview,
         "submitted_at": job.submitted_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

@@ -1,6 +1,6 @@
 """What the executor protocol carries for SS: resolved models and task parameters, looked up when an order is about to leave.
 
-Implements `engine.protocol.controller.Payloads`. Called from the scheduler's loop and the world's I/O thread.
+Implements `engine.protocol.controller.TermPayloads`. Called from the scheduler's loop and the world's I/O thread.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from api.support.intake import GENERATION_METHOD
 from api.support.jobs import Job, Model
+from api.support.sharing import ModelsDoNotFit, further, terms_of
 from engine.commands import CreatePod, PrefetchModel, StartTask
 from engine.protocol.controller import PayloadRefused
 from engine.tasks import FailureCause
+from executors.terms import Terms
 
 
 class StorePayloads:
@@ -30,10 +33,31 @@ class StorePayloads:
 
     def task(self, command: StartTask) -> dict[str, object]:
         """Return the parameters of an attempt."""
-        job = self._live.get(command.req_no) or self._find_job(command.req_no)
+        return dict(self._job(command.req_no).parameters)
+
+    def terms(self, command: StartTask) -> dict[str, object]:
+        """Return what the Pod must know besides: the adapters to draw with, resolved, and how urgent the job is."""
+        job = self._job(command.req_no)
+        if job.method != GENERATION_METHOD or not job.model:
+            return Terms(priority=job.priority).to_json()
+        model = self._model(job.model)
+        asked = ""
+        adapters = []
+        if model.kind == "lora":
+            asked = model.model_id
+            adapters.append(terms_of(model, float(job.parameters.get("adapter_scale", 1.0))))
+        try:
+            others = further(model, job.parameters.get("adapters") or (), job.tenant, self._find_model)
+        except ModelsDoNotFit as error:
+            raise PayloadRefused(FailureCause.MODEL_MISSING, str(error)) from None
+        adapters += [terms_of(other, weight) for other, weight in others]
+        return Terms(tuple(adapters), job.priority, asked).to_json()
+
+    def _job(self, req_no: str) -> Job:
+        job = self._live.get(req_no) or self._find_job(req_no)
         if job is None:
-            raise PayloadRefused(FailureCause.BAD_INPUT, f"the parameters of {command.req_no} are not in the store")
-        return dict(job.parameters)
+            raise PayloadRefused(FailureCause.BAD_INPUT, f"the parameters of {req_no} are not in the store")
+        return job
 
     def prefetch(self, command: PrefetchModel) -> dict[str, object]:
         """Return the resolved model to bring to a node's cache."""
@@ -42,10 +66,13 @@ class StorePayloads:
     def _resolved(self, model_id: str) -> dict[str, object]:
         if not model_id:
             return {}
+        return resolve(self._model(model_id))
+
+    def _model(self, model_id: str) -> Model:
         model = self._find_model(model_id)
         if model is None:
             raise PayloadRefused(FailureCause.MODEL_MISSING, f"model {model_id!r} was deleted or never existed")
-        return resolve(model)
+        return model
 
 
 def resolve(model: Model) -> dict[str, Any]:

@@ -328,8 +328,10 @@ class Store:
     def model_in_use(self, model_id: str) -> bool:
         """Tell whether a job that has not ended needs the model."""
         marks = ",".join("?" * len(TERMINAL))
-        query = f"SELECT 1 FROM job WHERE model = ? AND state NOT IN ({marks}) LIMIT 1"  # noqa: S608
-        return bool(self._rows(query, (model_id, *sorted(TERMINAL))))
+        live = f"state NOT IN ({marks})"
+        added = "EXISTS (SELECT 1 FROM json_each(CAST(parameters AS TEXT), '$.adapters') WHERE value ->> 'model' = ?)"
+        query = f"SELECT 1 FROM job WHERE {live} AND (model = ? OR {added}) LIMIT 1"  # noqa: S608
+        return bool(self._rows(query, (*sorted(TERMINAL), model_id, model_id)))
 
     def compensation(self, key: str) -> tuple[str, str, str, dict[str, Any]] | None:
         """Return (tenant, req_no, action, answer) recorded under a key."""

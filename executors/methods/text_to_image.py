@@ -124,11 +124,12 @@ class TextToImage:
     ) -> MethodResult:
         """Bring the pictures into the batch and wait for them; a stop leaves what the next attempt goes on from."""
         job = self._complete(asked, loaded)
-        todo: Mapping[int, PictureRequest | KeptPicture] = _requests(job)
+        fused = loaded.model.adapter_dir is not None
+        todo: Mapping[int, PictureRequest | KeptPicture] = _requests(job, fused)
         before: Mapping[int, Any] = {}
         if context.checkpoint is not None:
             try:
-                job, kept = _resumed(job, context.checkpoint)
+                job, kept = _resumed(job, context.checkpoint, fused)
                 todo, before = kept.kept, kept.made
             except ValueError as error:
                 print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
@@ -232,8 +233,8 @@ class TextToImage:
         return sampling.decode(loaded, latents)
 
 
-def _requests(job: _Job) -> dict[int, PictureRequest]:
-    """The pictures of a job by place."""
+def _requests(job: _Job, fused: bool) -> dict[int, PictureRequest]:
+    """The pictures of a job by place; the scale of an adapter that is not part of the loaded model is its weight in the bank."""
     asked = job.asked
     return {
         place: PictureRequest(
@@ -246,7 +247,7 @@ def _requests(job: _Job) -> dict[int, PictureRequest]:
             width=job.width,
             height=job.height,
             scheduler=asked.scheduler,
-            adapter_scale=asked.adapter_scale,
+            adapter_scale=asked.adapter_scale if fused else 1.0,
             place=place,
             preview_every=asked.preview_every,
         )
@@ -258,18 +259,18 @@ def _in_company(
     given: PictureRequest | KeptPicture, adapters: AdapterWeights, priority: int
 ) -> PictureRequest | KeptPicture:
     """Return a picture with what its run's terms say: the bank's names of its adapters, and how urgent it is."""
-    if isinstance(given, KeptPicture):
-        return replace(given, request=replace(given.request, adapters=adapters, priority=priority))
-    return replace(given, adapters=adapters, priority=priority)
+    request = given.request if isinstance(given, KeptPicture) else given
+    request = replace(request, adapters=adapters, priority=priority)
+    return replace(given, request=request) if isinstance(given, KeptPicture) else request
 
 
-def _resumed(job: _Job, folder: Path) -> tuple[_Job, kept_files.KeptJob]:
+def _resumed(job: _Job, folder: Path, fused: bool) -> tuple[_Job, kept_files.KeptJob]:
     """What an earlier attempt of the job kept, with the seed that it may have drawn; raises ValueError when it is another's."""
     seed = kept_files.read_seed(folder)
     if job.asked.seed not in (None, seed):
         raise ValueError(f"kept job in {folder.name} has seed {seed} instead of {job.asked.seed}")
     job = replace(job, seed=seed)
-    return job, kept_files.read(folder, _requests(job))
+    return job, kept_files.read(folder, _requests(job, fused))
 
 
 def _kept(seed: int, stopped: Stopped, output_dir: Path) -> Path:

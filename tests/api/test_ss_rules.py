@@ -286,10 +286,13 @@ def test_a_request_becomes_a_task_with_its_methods_demand_and_features() -> None
         deadline=60,
     )
     spec = asked.spec
-    assert (spec.req_no, spec.tenant, spec.group, spec.model, spec.priority) == ("task", "acme", "g", "mine", 5)
+    assert (spec.req_no, spec.tenant, spec.group, spec.priority) == ("task", "acme", "g", 5)
+    assert (spec.model, spec.adapters, asked.job.model) == ("tiny", ("mine",), "mine")
     assert (spec.demand.cpu_milli, spec.slots, spec.max_attempts, spec.run_limit_us) == (7, 2, 4, 9)
     assert (spec.affinity, spec.start_deadline) == (Affinity.STRICT, 60 * SECOND)
-    assert dict(spec.features) == {"group": "g", "images": 3, "model": "mine", "steps": 20, "user": "acme"}
+    assert dict(spec.features) == {
+        "group": "g", "images": 3, "loras": 1, "model": "tiny", "steps": 20, "user": "acme",
+    }  # fmt: skip
     assert asked.job.parameters["prompt"] == "x"
     assert asked.job.submitted_at == 5.0
 
