@@ -97,11 +97,12 @@ def simulate(
     workload: Workload | None = None,
     journal: Journal | None = None,
     gantt: bool = False,
+    beside: Callable[[Engine], Journal] | None = None,
 ) -> SimulationResult:
     """Run one simulation; raises `ValueError` naming the field and the remedy.
 
     `workload` spares reading it again; `journal` is told every step as well, for example to keep its records; `gantt` keeps a
-    piece of the schedule for the page.
+    piece of the schedule for the page; `beside` makes a journal that looks at the engine itself after each step.
     """
     profile = _profile(config.profile)
     if workload is None:
@@ -117,6 +118,8 @@ def simulate(
     chart = GanttSink() if gantt else None
     follower = Follower([chart]) if chart is not None else None
     keep = _both(_both(metrics, journal), follower)
+    if beside is not None:
+        keep = _both(keep, beside(engine))
     if isinstance(forecaster, OnlineForecaster):
         keep = forecaster.watching(keep)
     with calm_collector():
