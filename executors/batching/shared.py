@@ -77,12 +77,47 @@ class SharedBatch:
         Raises Stopped, or the error of the first picture that failed (the others of the job are dropped then). The callables
         are called by the serving thread; `preview` gets small PIL pictures where the requests ask for them. `share` is filled in.
         """
+        job = self._entered(pictures, made, progress, should_stop, preview, share or StepShare())
+        job.over.wait()
+        return self._outcome(job)
+
+    def make_here(
+        self,
+        pictures: Mapping[int, PictureRequest | KeptPicture],
+        made: Mapping[int, Any],
+        progress: Progress,
+        should_stop: Callable[[], bool],
+        *,
+        preview: Callable[[Any], None] = _unseen,
+        share: StepShare | None = None,
+    ) -> dict[int, Any]:
+        """Do what `make` does in the thread that calls, where no other one serves."""
+        job = self._entered(pictures, made, progress, should_stop, preview, share or StepShare())
+        while not job.over.is_set():
+            self._turn()
+        return self._outcome(job)
+
+    @staticmethod
+    def _outcome(job: _Job) -> dict[int, Any]:
+        if job.error is not None:
+            raise job.error
+        return job.made
+
+    def _entered(
+        self,
+        pictures: Mapping[int, PictureRequest | KeptPicture],
+        made: Mapping[int, Any],
+        progress: Progress,
+        should_stop: Callable[[], bool],
+        preview: Callable[[Any], None],
+        share: StepShare,
+    ) -> _Job:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batch is closed: its Pod is ending")
             self._number += 1
             job = _Job({}, {}, progress, should_stop, made=dict(made), count=len(pictures) + len(made))
-            job.preview, job.share = preview, share or StepShare()
+            job.preview, job.share = preview, share
             for place, given in pictures.items():
                 kept = given if isinstance(given, KeptPicture) else KeptPicture(given)
                 id = f"{self._number}/{place}"
@@ -90,36 +125,44 @@ class SharedBatch:
                 job.pictures[id] = kept.renamed(id)
             self._arrived.append(job)
             self._changed.notify_all()
-        job.over.wait()
-        if job.error is not None:
-            raise job.error
-        return job.made
+        return job
+
+    def peak_bytes(self, share: StepShare) -> int:
+        """Return the device's memory that a job needed: what lay there anyway, and its own share of the calls."""
+        return self._batch.memory.base_bytes + share.working_bytes
 
     def serve(self) -> None:
         """Step as long as there are pictures, wait while there are none; returns after `close`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._arrived or self._closed or len(self._batch))
-                arrived, self._arrived = self._arrived, []
-                closed = self._closed
-            for job in arrived:
-                self._let_in(job)
-            if closed:
-                self._abandon(RuntimeError("the batch was closed before the picture was made"))
+            if not self._turn():
                 return
-            for job in self._present():
-                if job.should_stop():
-                    self._stop(job)
-            present, began = self._present(), time.monotonic()
-            try:
-                events = self._batch.step()
-            except Exception as error:
-                # No request's own failure: those are events. Whatever it is, nobody may wait for ever.
-                traceback.print_exc()
-                self._abandon(error)
-                continue
-            self._measure((time.monotonic() - began) * 1e6, present, events)
-            self._tell(events)
+
+    def _turn(self) -> bool:
+        """Let in who has come, let out who is to stop, and take a step; False when the batch is closed."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+            closed = self._closed
+        for job in arrived:
+            self._let_in(job)
+        if closed:
+            self._abandon(RuntimeError("the batch was closed before the picture was made"))
+            return False
+        for job in self._present():
+            if job.should_stop():
+                self._stop(job)
+        present, began = self._present(), time.monotonic()
+        try:
+            events = self._batch.step()
+        except Exception as error:
+            # No request's own failure: those are events. Whatever it is, nobody may wait for ever.
+            traceback.print_exc()
+            self._abandon(error)
+            return True
+        self._measure((time.monotonic() - began) * 1e6, present, events)
+        self._tell(events)
+        return True
 
     def close(self) -> None:
         """Let `serve` return after the step under way; may be called from any thread."""
@@ -175,7 +218,8 @@ class SharedBatch:
                 case Stepped(done=done, total=total):
                     job.steps[event.id] = (done, total)
                     moved[id(job)] = job
-                case Finished(picture=picture):
+                case Finished(picture=picture, working_bytes=working_bytes):
+                    job.share.working_bytes += working_bytes
                     job.made[job.places[event.id]] = picture
                     del self._jobs[event.id]
                     if len(job.made) == job.count:

@@ -18,6 +18,10 @@ MAX_INPUT_PIXELS = 50_000_000
 """Pixels of a user's own picture."""
 MAX_VALIDATION_PICTURES = 100
 """Validation pictures of one training: the description of a result must name them all."""
+MAX_CONTROLS = 4
+"""ControlNets in one request."""
+USUAL_STRENGTH = 0.8
+"""How much of a given picture may change, unless it is said."""
 MAX_ADAPTERS = 8
 """Further personalised models in one request."""
 MAX_SEED = 2**53 - 1
@@ -67,8 +71,29 @@ class AdapterUse(_Parameters):
     """1: as it was trained; negative ones lead away from it."""
 
 
+class ControlUse(_Parameters):
+    """A ControlNet of the base model, and the picture that it follows."""
+
+    model: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The ControlNet's name beside the base model, like `canny`."""
+    image: FileId
+    """File id of an uploaded picture of the kind that it was trained on: edges, depth, a pose."""
+    scale: float = Field(1.0, ge=0.0, le=2.0)
+    """How strongly it is followed."""
+    start: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the steps before which it is left out."""
+    end: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the steps after which it is left out."""
+
+    @model_validator(mode="after")
+    def _takes_part(self) -> ControlUse:
+        if self.start >= self.end:
+            raise ValueError(f"end: must be above start, {self.start:g}")
+        return self
+
+
 class TextToImageParameters(_Parameters):
-    """Pictures from a text."""
+    """Pictures from a text, and from other pictures."""
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
     """What the pictures show."""
@@ -96,6 +121,16 @@ class TextToImageParameters(_Parameters):
     """Further personalised models (LoRA) of the same base to draw with, each with its weight."""
     preview_every: int = Field(0, ge=0, le=150)
     """Steps between two small previews among the job's events; 0: none."""
+    image: FileId | None = None
+    """File id of an uploaded picture to begin with; without width and height the result has its shape."""
+    strength: float | None = Field(None, gt=0.0, le=1.0)
+    """How much of `image` may change: the share of the steps that are taken; absent: 0.8, with a mask 1."""
+    mask: FileId | None = None
+    """File id of an uploaded picture as large as `image`: what of it is painted anew."""
+    mask_from: Literal["white", "transparent"] = "white"
+    """What in the mask says "paint here": its white, or its transparent part."""
+    control: tuple[ControlUse, ...] = Field((), max_length=MAX_CONTROLS)
+    """ControlNets to follow, each with its own picture."""
     format: Literal["png"] = "png"
     """File format of the pictures."""
 
@@ -107,12 +142,33 @@ class TextToImageParameters(_Parameters):
             raise ValueError("must all differ; a model is named twice, add up its weights instead")
         return value
 
+    @field_validator("control")
+    @classmethod
+    def _controls_each_once(cls, value: tuple[ControlUse, ...]) -> tuple[ControlUse, ...]:
+        names = [use.model for use in value]
+        if len(set(names)) != len(names):
+            raise ValueError("must all differ; a ControlNet is named twice")
+        return value
+
     @field_validator("prompt")
     @classmethod
     def _says_something(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("must say something, not only spaces")
         return value
+
+    @model_validator(mode="after")
+    def _begins_with_a_picture(self) -> TextToImageParameters:
+        if self.image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: is for a picture to begin with; send image too, or leave it out")
+        if self.mask is None and self.mask_from != "white":
+            raise ValueError("mask_from: says how mask is meant; send mask too, or leave it out")
+        strength = strength_of(self.image, self.mask, self.strength)
+        if int(self.steps * strength) < 1:
+            raise ValueError(f"strength: {strength:g} of {self.steps} steps is less than one; raise strength or steps")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> TextToImageParameters:
@@ -221,6 +277,31 @@ PARAMETERS: dict[str, type[BaseModel]] = {
 }
 
 
+def strength_of(image: str | None, mask: str | None, strength: float | None) -> float:
+    """Return the share of the steps that a generation takes."""
+    if image is None:
+        return 1.0
+    if strength is not None:
+        return strength
+    return 1.0 if mask is not None else USUAL_STRENGTH
+
+
+def steps_taken(parameters: Mapping[str, Any]) -> int | None:
+    """Return how many steps a generation's checked parameters cost, None where they name none: a given picture saves some."""
+    steps, strength = parameters.get("steps"), parameters.get("strength")
+    if not isinstance(steps, int):
+        return None
+    return max(1, int(steps * strength_of(parameters.get("image"), parameters.get("mask"), strength)))
+
+
+def picture_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the files that a generation's checked parameters name, by field."""
+    named = {name: parameters[name] for name in ("image", "mask") if parameters.get(name)}
+    for index, use in enumerate(parameters.get("control") or ()):
+        named[f"control.{index}.image"] = use["image"]
+    return named
+
+
 def validate(method: str, parameters: Mapping[str, Any]) -> BaseModel:
     """Check parameters of a method; raises ParameterError that names every wrong field."""
     model = PARAMETERS.get(method)
@@ -242,7 +323,11 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> tuple[FieldProb
             message = "is no parameter of this method; it has: " + ", ".join(sorted(model.model_fields))
         elif not field:
             field, _, message = message.partition(": ")
-        elif entry["type"] == "string_pattern_mismatch" and field.startswith("pictures"):
+        elif entry["type"] == "string_pattern_mismatch" and _names_a_file(field):
             message = "must be the id of an uploaded file: 64 hexadecimal digits, lower case"
         problems.append(FieldProblem(field, message))
     return tuple(problems)
+
+
+def _names_a_file(field: str) -> bool:
+    return field.startswith("pictures") or field in ("image", "mask") or field.endswith(".image")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +23,11 @@ from pydantic import BaseModel
 from executors.batching import kept_files
 from executors.batching.batch import RunningBatch
 from executors.batching.company import StepShare
-from executors.batching.lora import AdapterBank
+from executors.batching.controls import ControlNets
 from executors.batching.requests import AdapterWeights, KeptPicture, PictureRequest
 from executors.batching.shared import SharedBatch, Stopped
 from executors.batching.shelf import AdapterShelf, usual_budget
-from executors.methods import device, pictures, pipelines, sampling
+from executors.methods import device, inputs, pictures, pipelines, sampling
 from executors.methods.base import (
     Cancelled,
     InputRefused,
@@ -38,7 +37,8 @@ from executors.methods.base import (
     ModelRef,
     ResultFile,
 )
-from executors.methods.parameters import TextToImageParameters
+from executors.methods.inputs import Inputs
+from executors.methods.parameters import TextToImageParameters, picture_fields
 
 USUAL_GUIDANCE = 7.5
 MAX_BATCH = 16
@@ -51,8 +51,7 @@ class _Job:
     asked: TextToImageParameters
     seed: int
     guidance: float
-    width: int
-    height: int
+    inputs: Inputs
 
 
 class TextToImage:
@@ -65,6 +64,9 @@ class TextToImage:
         self._batch = MAX_BATCH
         self._shared: SharedBatch | None = None
         self._shelf: AdapterShelf | None = None
+        self._controls: ControlNets
+        self._served = False
+        """Whether another thread takes the steps of all runs."""
 
     def load(self, model: ModelRef | None, device: str) -> None:
         """Load the pipeline and its adapter; raises ModelMissing."""
@@ -76,13 +78,12 @@ class TextToImage:
         """Make the pictures and write them as PNG; nothing is written when stopped."""
         assert isinstance(parameters, TextToImageParameters)
         loaded = self._require()
-        if self._shared is not None:
-            return self._run_shared(parameters, loaded, self._shared, context)
-        job = self._complete(parameters, loaded)
+        if loaded.family != "other":
+            return self._run_batched(parameters, loaded, context)
+        job = _complete(parameters, loaded, context)
         device.start_peak(loaded.device)
         loaded.set_adapter_scale(parameters.adapter_scale)
-        with self._adapted(loaded, context):
-            made = self._make(job, loaded, context)
+        made = self._make(job, loaded, context)
         if context.should_stop():
             raise Cancelled
         files, facts = _save(made, job, loaded, context)
@@ -100,10 +101,16 @@ class TextToImage:
         if loaded.family == "other":
             return False
         device.start_peak(loaded.device)
-        batch = RunningBatch(loaded, capacity=max(MAX_BATCH, slots))
+        self._open(loaded, max(MAX_BATCH, slots))
+        self._served = True
+        return True
+
+    def _open(self, loaded: pipelines.LoadedPipeline, capacity: int) -> SharedBatch:
+        self._controls = ControlNets(loaded)
+        batch = RunningBatch(loaded, capacity=capacity, controls=self._controls)
         self._shelf = AdapterShelf(batch.bank, usual_budget(loaded.device))
         self._shared = SharedBatch(batch)
-        return True
+        return self._shared
 
     def serve(self) -> None:
         """Take the steps of all runs, in the thread that calls, until `leave`."""
@@ -115,15 +122,17 @@ class TextToImage:
         if self._shared is not None:
             self._shared.close()
 
-    def _run_shared(
-        self,
-        asked: TextToImageParameters,
-        loaded: pipelines.LoadedPipeline,
-        shared: SharedBatch,
-        context: MethodContext,
+    def _run_batched(
+        self, asked: TextToImageParameters, loaded: pipelines.LoadedPipeline, context: MethodContext
     ) -> MethodResult:
         """Bring the pictures into the batch and wait for them; a stop leaves what the next attempt goes on from."""
-        job = self._complete(asked, loaded)
+        shared = self._shared or self._open(loaded, MAX_BATCH)
+        assert self._shelf is not None
+        if not self._served:
+            device.start_peak(loaded.device)
+        job = _complete(asked, loaded, context)
+        for control in job.inputs.controls:
+            self._controls.load(control.name)
         fused = loaded.model.adapter_dir is not None
         todo: Mapping[int, PictureRequest | KeptPicture] = _requests(job, fused)
         before: Mapping[int, Any] = {}
@@ -133,56 +142,24 @@ class TextToImage:
                 todo, before = kept.kept, kept.made
             except ValueError as error:
                 print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
-        assert self._shelf is not None
         share = StepShare()
+        make = shared.make if self._served else shared.make_here
         with self._shelf.holding(context.adapters) as adapters:
             todo = {place: _in_company(each, adapters, context.priority) for place, each in todo.items()}
             try:
-                made = shared.make(
-                    todo, before, context.progress, context.should_stop, preview=context.preview, share=share
-                )
+                made = make(todo, before, context.progress, context.should_stop, preview=context.preview, share=share)
             except Stopped as stopped:
                 raise Cancelled(_kept(job.seed, stopped, context.output_dir)) from None
         if context.should_stop():
             raise Cancelled
         files, facts = _save([made[place] for place in sorted(made)], job, loaded, context)
         company = (round(share.company_us), share.company_permille)
-        return MethodResult(files, facts, device.peak_bytes(loaded.device), *company)
-
-    @contextmanager
-    def _adapted(self, loaded: pipelines.LoadedPipeline, context: MethodContext) -> Iterator[None]:
-        """Have the run's adapters on the model within this, where runs go one after the other."""
-        if not context.adapters:
-            yield
-            return
-        if loaded.family == "other":
-            raise InputRefused(
-                "adapters", f"{type(loaded.pipe).__name__} has no step loop here that could add them; leave them out"
-            )
-        if self._shelf is None:
-            self._shelf = AdapterShelf(AdapterBank(loaded), usual_budget(loaded.device))
-        with self._shelf.holding(context.adapters) as adapters, self._shelf.bank.applied([adapters]):
-            yield
+        return MethodResult(files, facts, shared.peak_bytes(share), *company)
 
     def _require(self) -> pipelines.LoadedPipeline:
         if self._loaded is None:
             raise RuntimeError("text_to_image runs before load; call load first")
         return self._loaded
-
-    def _complete(self, asked: TextToImageParameters, loaded: pipelines.LoadedPipeline) -> _Job:
-        seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
-        guidance = (
-            asked.guidance if asked.guidance is not None else float(loaded.defaults.get("guidance", USUAL_GUIDANCE))
-        )
-        if loaded.family == "other":
-            return _Job(asked, seed, guidance, asked.width or 0, asked.height or 0)
-        native_width, native_height = loaded.native_size
-        width, height = asked.width or native_width, asked.height or native_height
-        factor = int(loaded.pipe.vae_scale_factor)
-        for name, value in (("width", width), ("height", height)):
-            if value % factor:
-                raise InputRefused(name, f"must be a multiple of {factor} for {loaded.model.id}, not {value}")
-        return _Job(asked, seed, guidance, width, height)
 
     def _make(self, job: _Job, loaded: pipelines.LoadedPipeline, context: MethodContext) -> list[Image.Image]:
         """Make all pictures in batches; when memory runs out the batch is halved once for this job and what follows."""
@@ -216,21 +193,22 @@ class TextToImage:
             if context.should_stop():
                 raise Cancelled
 
-        if loaded.family == "other":
-            return _call_pipeline(job, loaded, seeds, before_step)
-        guided = sampling.is_guided(loaded, job.guidance)
-        latents = sampling.denoise(
-            loaded,
-            sampling.encode_prompt(loaded, asked.prompt, asked.negative_prompt, guided),
-            seeds=seeds,
-            steps=asked.steps,
-            guidance=job.guidance,
-            width=job.width,
-            height=job.height,
-            scheduler_name=asked.scheduler,
-            before_step=before_step,
-        )
-        return sampling.decode(loaded, latents)
+        return _call_pipeline(job, loaded, seeds, before_step)
+
+
+def _complete(asked: TextToImageParameters, loaded: pipelines.LoadedPipeline, context: MethodContext) -> _Job:
+    """Fill in what was left open, and read the pictures that the job begins with."""
+    seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
+    guidance = asked.guidance if asked.guidance is not None else float(loaded.defaults.get("guidance", USUAL_GUIDANCE))
+    if loaded.family == "other":
+        unknown = [name for name in ("image", "mask", "control") if getattr(asked, name)]
+        for name in [*unknown, *(["adapters"] if context.adapters else [])]:
+            raise InputRefused(
+                name, f"{type(loaded.pipe).__name__} runs its own call here, which takes text only; leave it out"
+            )
+        return _Job(asked, seed, guidance, Inputs(asked.width or 0, asked.height or 0))
+    found = inputs.read(asked, context.fetch, loaded.native_size, loaded.size_grain)
+    return _Job(asked, seed, guidance, found)
 
 
 def _requests(job: _Job, fused: bool) -> dict[int, PictureRequest]:
@@ -244,12 +222,16 @@ def _requests(job: _Job, fused: bool) -> dict[int, PictureRequest]:
             seed=job.seed + place,
             steps=asked.steps,
             guidance=job.guidance,
-            width=job.width,
-            height=job.height,
+            width=job.inputs.width,
+            height=job.inputs.height,
             scheduler=asked.scheduler,
             adapter_scale=asked.adapter_scale if fused else 1.0,
             place=place,
             preview_every=asked.preview_every,
+            image=job.inputs.image,
+            strength=job.inputs.strength,
+            mask=job.inputs.mask,
+            controls=job.inputs.controls,
         )
         for place in range(asked.count)
     }
@@ -339,6 +321,11 @@ def _save(
     if context.adapters:
         facts["adapters"] = [{"model": given.model, "weight": given.weight} for given in context.adapters]
         facts["base_model"] = loaded.model.id
+    given = picture_fields(asked.model_dump())
+    if given:
+        facts |= {"inputs": given, "strength": job.inputs.strength}
+    if asked.control:
+        facts["control"] = [use.model_dump() for use in asked.control]
     files: list[ResultFile] = []
     seeds: list[int] = []
     for index, picture in enumerate(made):

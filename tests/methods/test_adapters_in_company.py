@@ -267,6 +267,7 @@ def test_an_urgent_picture_sets_an_ordinary_one_aside_and_both_are_as_alone(new_
     alone = {seed: _alone(new_context, seed) for seed in (3, 5)}
     method = plain()
     method._shared = full = SharedBatch(RunningBatch(method._require(), capacity=1))
+    method._served = True
     method._shelf = AdapterShelf(full._batch.bank, 1 << 30)
     server = threading.Thread(target=full.serve, daemon=True)
     server.start()

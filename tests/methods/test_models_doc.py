@@ -28,6 +28,8 @@ def bounds(entry: dict[str, Any]) -> str:
                 said.append(f"`{value}`")
             case {"type": "array"}:
                 said.append(f"list of {choice.get('minItems', 0)} to {choice['maxItems']}")
+            case {"type": "string", "pattern": pattern} if "maxLength" not in choice:
+                said.append("a file's id" if "64" in pattern else "text")
             case {"type": "string"}:
                 said.append(f"text, {choice.get('minLength', 0)} to {choice['maxLength']}")
             case {"type": "boolean"}:
