@@ -126,9 +126,15 @@ class DurationModel:
         self.level = LevelShift()
         self._draws = 0
 
-    def look(self, request: Request, now_s: float) -> Outlook:
-        """Return the stack's view of a request at a time (seconds)."""
-        start = math.log(request.declared_s or request.work_s or self.settings.prior_s)
+    def look(self, request: Request, now_s: float, frame: float = 0.0) -> Outlook:
+        """Return the stack's view of a request at a time (seconds).
+
+        ``frame`` is the log of run time on the reference GPU model over that on a typical one: counted work is in the latter's.
+        """
+        if request.declared_s > 0.0 or request.work_s <= 0.0:
+            start = math.log(request.declared_s or self.settings.prior_s)
+        else:
+            start = math.log(request.work_s) + frame
         ladder_mean, distance, weights = self.ladder.climb(request.ladder, now_s, start, request.covariates)
         base, declared_mean = self._declared(request, now_s, ladder_mean)
         values = [1.0, *distance]

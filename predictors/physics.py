@@ -7,6 +7,7 @@ published timings.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,6 +183,16 @@ def peak_bytes(
         trained = trained_parameters or int(family.adapter_per_rank * 16 / 2)
         return int(weights + 16 * trained + 6 * activations)
     return int(weights + activations)
+
+
+@lru_cache(maxsize=1024)
+def relative_time(gpu_model: str, reference: str) -> float:
+    """Return the log of run time on a GPU model over that on another ("": a typical one) by arithmetic; 0 where one is unknown."""
+    gpu = gpu_of(gpu_model)
+    other = TYPICAL_GPU if not reference else gpu_of(reference)
+    if gpu is None or other is None:
+        return 0.0
+    return math.log(run_seconds(SDXL, gpu=gpu) / run_seconds(SDXL, gpu=other))
 
 
 def adapter_bytes(family: Family, rank: int) -> int:

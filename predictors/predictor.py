@@ -27,6 +27,7 @@ LEVELS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.975,
 LONGEST_US: Micros = 90 * 86400 * SECOND
 """No prediction is longer than this."""
 _METHODS = 64
+_OBSERVED = 4096
 _TAIL_POINTS = 24
 _PRIOR_S = {"dreambooth": 600.0, "text_to_image": 10.0}
 
@@ -98,7 +99,7 @@ class Predictor:
     It learns only what it is told, so label delay is honoured as long as `observe` is called when a task has ended.
     """
 
-    __slots__ = ("failures", "memory", "methods", "refit", "settings", "speeds", "watermark_us")
+    __slots__ = ("failures", "memory", "methods", "observed", "refit", "settings", "speeds", "watermark_us")
 
     def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings or DurationSettings()
@@ -107,6 +108,8 @@ class Predictor:
         self.failures = FailureModel()
         self.memory = GpuMemoryModel()
         self.speeds = SpeedRatios()
+        self.observed: dict[str, None] = {}
+        """Attempts that were learned, the latest last."""
         self.watermark_us: Micros = 0
         """The latest time of which something was learned."""
 
@@ -122,7 +125,7 @@ class Predictor:
         now_s = now_us / SECOND
         log_ratio = self.speeds.log_ratio(request.method, gpu_model, now_s)
         model = self.methods.get(request.method) or self._new_model(request.method)
-        outlook = model.look(request, now_s)
+        outlook = model.look(request, now_s, self.speeds.frame(request.method))
         mean_us, quantiles_us = _times(model, outlook, log_ratio, elapsed_us)
         return Prediction(
             request=request,
@@ -171,12 +174,16 @@ class Predictor:
         prediction: Prediction | None = None,
         peak_gpu_memory_bytes: int = 0,
         allotted_gpu_memory_bytes: int = 0,
+        identity: str = "",
     ) -> None:
         """Learn from an attempt that ended at ``now_us`` after ``run_us``.
 
         Pass the ``prediction`` made when the task was submitted: then what is learned about errors is what a prediction really
-        errs by. A cancelled or timed-out attempt is right-censored; an out-of-memory says nothing about time.
+        errs by. An attempt cancelled, timed out or out of memory would have run longer: its time is a bound, not a data point.
+        With an ``identity``, observing the attempt again (a report that came twice) changes nothing; the latest 4,096 are known.
         """
+        if identity and not self._first_time(identity):
+            return
         request = features if isinstance(features, Request) else read_request(features)
         now_s = now_us / SECOND
         self.watermark_us = max(self.watermark_us, now_us)
@@ -189,7 +196,11 @@ class Predictor:
         if outcome is Outcome.FAILED or run_us <= 0:
             return
         model = self._touch(request.method)
-        outlook = prediction.outlook if prediction is not None else model.look(request, now_s)
+        outlook = (
+            prediction.outlook
+            if prediction is not None
+            else model.look(request, now_s, self.speeds.frame(request.method))
+        )
         log_ratio = self.speeds.log_ratio(request.method, gpu_model, now_s)
         seconds = run_us / SECOND * math.exp(-log_ratio)
         if outcome is Outcome.FINISHED:
@@ -200,6 +211,14 @@ class Predictor:
             model.learn(request, outlook, now_s, seconds, self.speeds.trust(request.method, gpu_model, now_s))
         else:
             model.learn_censored(request, outlook, now_s, seconds)
+
+    def _first_time(self, identity: str) -> bool:
+        if identity in self.observed:
+            return False
+        self.observed[identity] = None
+        if len(self.observed) > _OBSERVED:
+            del self.observed[next(iter(self.observed))]
+        return True
 
     def _touch(self, method: str) -> DurationModel:
         model = self.methods.pop(method, None) or self._new_model(method)

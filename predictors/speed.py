@@ -1,11 +1,18 @@
-"""How much faster one GPU model is than another, learned from what runs on them: a log ratio to the first model seen."""
+"""How much faster one GPU model is than another: what they are known to sustain, corrected by what runs on them.
+
+A log ratio to the first GPU model seen. A GPU model nobody ran on yet starts from the table in `physics`; its own correction is
+learned across methods, and each method's own on top of that.
+"""
 
 from __future__ import annotations
 
+from predictors import physics
 from predictors.decay import DecayedMeans
 
 _MEMORY_S = 30 * 86400.0
 _STRENGTH = 1.0
+_UNMOVED = frozenset({"", "sleep"})
+"""Methods that no GPU makes faster."""
 
 
 class SpeedRatios:
@@ -18,11 +25,19 @@ class SpeedRatios:
         self.ratios = DecayedMeans(_MEMORY_S, cells)
 
     def log_ratio(self, method: str, gpu_model: str, now_s: float) -> float:
-        """Return the log of run time on a GPU model over that on the reference; 0 for ``"*"`` and for the unknown."""
+        """Return the log of run time on a GPU model over that on the reference; 0 for ``"*"`` and for what nothing is known of."""
         if gpu_model in ("*", "", self.reference):
             return 0.0
         across = self.ratios.shrunk(gpu_model, now_s, 0.0, 0.25)
-        return self.ratios.shrunk((method, gpu_model), now_s, across, _STRENGTH)
+        return self.counted(method, gpu_model) + self.ratios.shrunk((method, gpu_model), now_s, across, _STRENGTH)
+
+    def counted(self, method: str, gpu_model: str) -> float:
+        """Return the log ratio by arithmetic alone; before there is a reference, to a typical GPU."""
+        return 0.0 if method in _UNMOVED else physics.relative_time(gpu_model, self.reference)
+
+    def frame(self, method: str) -> float:
+        """Return the log of run time on the reference over that on a typical GPU, by arithmetic."""
+        return 0.0 if method in _UNMOVED or not self.reference else physics.relative_time(self.reference, "")
 
     def trust(self, method: str, gpu_model: str, now_s: float) -> float:
         """Return how far run times on this GPU model may teach the reference's histories, within (0, 1]."""
@@ -38,5 +53,6 @@ class SpeedRatios:
         if not self.reference:
             self.reference = gpu_model
         if gpu_model != self.reference and weight > 0.0:
+            log_ratio -= self.counted(method, gpu_model)
             self.ratios.add(gpu_model, now_s, log_ratio, weight)
             self.ratios.add((method, gpu_model), now_s, log_ratio, weight)

@@ -83,11 +83,13 @@ def watermark_us(path: Path) -> Micros:
 def _predictor(predictor: Predictor) -> dict[str, Any]:
     return {
         "watermark_us": predictor.watermark_us,
+        "observed": list(predictor.observed),
         "settings": asdict(predictor.settings),
         "methods": [[name, _duration(model)] for name, model in predictor.methods.items()],
         "failures": _rows(predictor.failures.rates.rows()),
         "memory": {
-            "ratios": _rows(predictor.memory.ratios.rows()),
+            "families": _rows(predictor.memory.families.rows()),
+            "lines": [[key, cell] for key, cell in predictor.memory.lines.items()],
             "pool": predictor.memory.pool.state(),
             "floors": [[key, value] for key, value in predictor.memory.floors.items()],
         },
@@ -98,10 +100,12 @@ def _predictor(predictor: Predictor) -> dict[str, Any]:
 def _restored(document: dict[str, Any], refit: Refit) -> Predictor:
     predictor = Predictor(_settings(document["settings"]), refit)
     predictor.watermark_us = document["watermark_us"]
+    predictor.observed = dict.fromkeys(document["observed"])
     predictor.methods = {name: _restored_duration(model, refit) for name, model in document["methods"]}
     _fill(predictor.failures.rates, document["failures"])
     memory = document["memory"]
-    _fill(predictor.memory.ratios, memory["ratios"])
+    _fill(predictor.memory.families, memory["families"])
+    predictor.memory.lines = {_key(key): cell for key, cell in memory["lines"]}
     predictor.memory.pool.restore(**memory["pool"])
     predictor.memory.floors = {_key(key): value for key, value in memory["floors"]}
     predictor.speeds.reference = document["speeds"]["reference"]
