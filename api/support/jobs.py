@@ -214,7 +214,9 @@ class JobFold:
     def _notify(self, folded: Folded, at: float, notice: Notify) -> None:
         job = self.live.get(notice.req_no)
         if job is None:
-            job = self._find(notice.req_no)
+            # The store does not know yet how it ended in this very step.
+            job = next((each.job for each in folded.outcomes if each.job.task_id == notice.req_no), None)
+            job = job or self._find(notice.req_no)
             if job is None or job.state != TaskState.DEAD or notice.state in TERMINAL_STATES:
                 return
             self._reopen(folded, job)
@@ -247,7 +249,8 @@ class JobFold:
         self._end(folded, at, job)
 
     def _reopen(self, folded: Folded, job: Job) -> None:
-        """A dead-lettered job runs again: its dead letter is no longer the outcome."""
+        """A dead-lettered job runs again: its dead letter is no longer the outcome, and is not sent if it is of this very step."""
+        folded.outcomes = [outcome for outcome in folded.outcomes if outcome.job is not job]
         job.rerun += 1
         job.finished_at = job.started_at = None
         job.progress_done = job.progress_total = 0
