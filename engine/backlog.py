@@ -35,11 +35,15 @@ class Backlog:
         self.state = state
         self.profile = profile
         self.kinds: dict[tuple[str, str, int, Demand], Kind] = {}
+        self._kind_of: dict[tuple[str, str, int, Demand], Kind] = {}
+        """As `kinds`, by demands as they are asked for, GPU memory and all."""
         self.fits: dict[tuple[Demand, bool], Fit] = {}
         self.shapes: dict[tuple[str, str, int, Demand, int, bool], Shape] = {}
         self.room_lines: dict[tuple[Demand, bool, int, int], RoomLine] = {}
         self.bound: dict[int, dict[RoomLine, None]] = {}
         """Room lines of one node, by its row."""
+        self.kinds_waiting: dict[Kind, None] = {}
+        """Kinds that tasks wait for, in no order that may matter: a recovered engine has another."""
         self.kinds_awake: dict[Kind, None] = {}
         """Kinds with warm lines that a slot may be free for."""
         self.active: dict[RoomLine, None] = {}
@@ -105,6 +109,8 @@ class Backlog:
             self.waiting.clear()
         self.active.clear()
         self.kinds_awake.clear()
+        self.kinds_waiting.clear()
+        self._kind_of.clear()
         self.woken.clear()
         self.open_rooms.clear()
         self.parked.clear()
@@ -171,6 +177,9 @@ class Backlog:
                     shape.kind, shape.need, row, self.parked, self._common
                 )
             task.lines = (warm, room)
+            shape.kind.waiting += 1
+            if shape.kind.waiting == 1:
+                self.kinds_waiting[shape.kind] = None
             warm.push(entry, band, tenant, tenant_seq, account, group_seq)
             if not warm.active and shape.kind.offers(shape.need):
                 self.wake(warm)
@@ -204,6 +213,10 @@ class Backlog:
         self.urgent -= task.urgent
         for line in task.lines:
             line.live -= 1
+            if isinstance(line, WarmLine):
+                line.kind.waiting -= 1
+                if not line.kind.waiting:
+                    del self.kinds_waiting[line.kind]
         task.lines = ()
         if task.group is not None:
             task.group.waiting.pop(task.req_no, None)
@@ -483,10 +496,14 @@ class Backlog:
         return -1, kind is Affinity.EXCLUSIVE
 
     def _kind(self, method: str, model: str, slots: int, demand: Demand) -> Kind:
-        key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
-        kind = self.kinds.get(key)
+        asked = (method, model, slots, demand)
+        kind = self._kind_of.get(asked)
         if kind is None:
-            kind = self.kinds[key] = Kind(repr(key))
+            key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
+            kind = self.kinds.get(key)
+            if kind is None:
+                kind = self.kinds[key] = Kind(repr(key))
+            self._kind_of[asked] = kind
         return kind
 
     def _room_line(self, demand: Demand, empty: bool, row: int, members: int) -> RoomLine:

@@ -24,7 +24,7 @@ class WarmSet:
 class Kind:
     """Pods that can stand in for each other: the same method, model, slots and demand besides GPU memory."""
 
-    __slots__ = ("awake", "key", "lines", "sets")
+    __slots__ = ("awake", "key", "lines", "sets", "waiting")
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -34,6 +34,8 @@ class Kind:
         self.lines: dict[tuple[int, int], WarmLine] = {}
         """(needed memory per GPU, node's row or -1) -> line."""
         self.awake: dict[WarmLine, None] = {}
+        self.waiting = 0
+        """Tasks in its lines."""
 
     def set_of(self, cap: int) -> WarmSet:
         """Return the set of a cap, made on first sight."""

@@ -35,19 +35,22 @@ def next_for_room(turn: Turn, line: RoomLine) -> Head | None:
     worth_us = load_us * (WORTH_LOADS if line.live > len(turn.state.pods) else 1)
     first: Head | None = None
     fullest: Head | None = None
-    most = 0.0
-    for kind in turn.backlog.kinds.values():
-        head, waiting = _head_of(kind, line)
+    most, among = 0, 1  # waiting tasks and Pods of the fullest model, one more Pod counted in
+    for kind in turn.backlog.kinds_waiting:
+        head = _head_of(kind, line)
         if head is None:
             continue
+        waiting = kind.waiting
         pods = _pods_of(turn, head[1])
         if pods and not _earns(turn, head[1], waiting // pods, load_us, worth_us):
             continue
         if head[1].urgent or head[1].pending_since + turn.profile.gather_us <= turn.now:
             if first is None or head[0] < first[0]:
                 first = head
-        elif waiting > most * (pods + 1):
-            most, fullest = waiting / (pods + 1), head
+            continue
+        more = waiting * among - most * (pods + 1)
+        if more > 0 or (more == 0 and fullest is not None and head[0] < fullest[0]):
+            most, among, fullest = waiting, pods + 1, head
     return first or fullest
 
 
@@ -57,7 +60,7 @@ def may_leave(turn: Turn, pod: Pod, task: Task, other: Task, same_band: bool) ->
     if profile.gather_us and not other.urgent:
         there = _pods_of(turn, other)
         here = max(1, _pods_of(turn, task))
-        if there and _waiting(other.shape.kind) * here < _waiting(task.shape.kind) * (there + 1):
+        if there and other.shape.kind.waiting * here < task.shape.kind.waiting * (there + 1):
             return False
     if same_band:
         loads = profile.warm_first_loads
@@ -80,17 +83,15 @@ def look_back(turn: Turn, task: Task) -> None:
         backlog.task_due(task, backlog.look_back_at)
 
 
-def _head_of(kind: Kind, line: RoomLine) -> tuple[Head | None, int]:
-    """Return who is next of a kind among those that wait in this line as well, and how many of the kind wait in all."""
-    waiting = 0
+def _head_of(kind: Kind, line: RoomLine) -> Head | None:
+    """Return who is next of a kind among those that wait in this line as well."""
     best: Head | None = None
     for each in kind.lines.values():
         if each.live:
-            waiting += each.live
             head = each.head()
             if head is not None and head[1].lines[-1] is line and (best is None or head[0] < best[0]):
                 best = head
-    return best, waiting
+    return best
 
 
 def _earns(turn: Turn, task: Task, waiting_per_pod: int, load_us: Micros, worth_us: Micros) -> bool:
@@ -111,10 +112,6 @@ def _next_load_us(turn: Turn) -> Micros:
 def _pods_of(turn: Turn, task: Task) -> int:
     """Return how many Pods of a task's model there are. Not all may be of use to it: so nobody stands back for ever."""
     return len(turn.backlog.by_model.get((task.spec.method, task.spec.model), ()))
-
-
-def _waiting(kind: Kind) -> int:
-    return sum([line.live for line in kind.lines.values()])
 
 
 def _has_pods(turn: Turn, task: Task) -> bool:

@@ -105,7 +105,7 @@ def _bring_next(turn: Turn, left: int) -> None:
 def _next_in_line(turn: Turn) -> list[tuple[Rank, Task]]:
     """Return the first waiting task of each kind, in order."""
     found: list[tuple[Rank, Task]] = []
-    for kind in turn.backlog.kinds.values():
+    for kind in turn.backlog.kinds_waiting:
         first: tuple[Rank, Task] | None = None
         for line in kind.lines.values():
             head = line.head() if line.live else None
