@@ -23,6 +23,12 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     size: Annotated[str, typer.Option(help="Width x height in pixels, such as 64x64. Default: the model's own.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="A further LoRA of the same base, ID or ID:WEIGHT such as lora-12ab:0.8; may be repeated."),
+    ] = None,
+    adapter_scale: Annotated[float | None, typer.Option(help="Weight of --model where it is a LoRA, 0 to 2.")] = None,
+    preview_every: Annotated[int, typer.Option(min=0, help="Steps between two previews in the job's events.")] = 0,
     priority: Annotated[int, typer.Option(help="100 and above is urgent.")] = 0,
     group: Annotated[str, typer.Option(help="Requests of one group go to the same node.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures.")] = Path("."),
@@ -34,8 +40,11 @@ def generate(
 ) -> None:
     """Generate pictures from text and download them."""
     parameters: dict[str, Any] = {"prompt": prompt, "count": count}
-    optional = {"negative_prompt": negative_prompt or None, "seed": seed, "steps": steps, "guidance": guidance}
+    optional: dict[str, Any] = {"negative_prompt": negative_prompt or None, "seed": seed, "steps": steps, "guidance": guidance}
+    optional |= {"adapter_scale": adapter_scale, "preview_every": preview_every or None}
     parameters |= {name: value for name, value in optional.items() if value is not None}
+    if adapter:
+        parameters["adapters"] = [adapter_use(text) for text in adapter]
     if size:
         width, _, height = size.lower().partition("x")
         if not (width.isdigit() and height.isdigit()):
@@ -51,6 +60,15 @@ def generate(
         output.mkdir(parents=True, exist_ok=True)
         job["saved"] = [str(path) for path in download(client, job, output)]
     _end(job, as_json)
+
+
+def adapter_use(text: str) -> dict[str, Any]:
+    """Read ID or ID:WEIGHT; ids may hold colons themselves."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        return {"model": name, "weight": float(weight)} if colon and name else {"model": text}
+    except ValueError:
+        return {"model": text}
 
 
 def train(
