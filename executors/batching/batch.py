@@ -29,6 +29,8 @@ from executors.batching.requests import (
     Stepped,
 )
 from executors.batching.trajectory import Trajectory
+from executors.memory.calls import CallMemory
+from executors.memory.meter import meter_of
 from executors.methods import device, sampling
 from executors.methods.base import InputRefused
 from executors.methods.parameters import MAX_SEED
@@ -73,6 +75,7 @@ class RunningBatch:
         self._denoised: dict[str, Trajectory] = {}
         self._call_limits: dict[tuple[int, int], int] = {}
         """Pictures in one call of the network by width and height, where memory has run out before."""
+        self.memory = loaded.memory or CallMemory(None, meter_of(loaded.device))
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running) + len(self._denoised)
@@ -125,9 +128,10 @@ class RunningBatch:
         buckets: dict[_Bucket, list[Trajectory]] = {}
         for trajectory in self._running.values():
             buckets.setdefault(self._bucket(trajectory), []).append(trajectory)
-        for (width, height, _guided, scale, _controls), members in buckets.items():
+        for (width, height, guided, scale, _controls), members in buckets.items():
             self._loaded.set_adapter_scale(scale)
-            limit = self._call_limits.get((width, height), self._capacity)
+            planned = self.memory.decide(width, height, 2 if guided else 1).at_once
+            limit = min(planned, self._call_limits.get((width, height), self._capacity))
             for start in range(0, len(members), limit):
                 self._advance(members[start : start + limit], events)
         self._decode(events)
@@ -165,20 +169,28 @@ class RunningBatch:
         if not entered:
             return
         try:
-            found = self._encoder.encode([trajectory.request for trajectory in entered])
+            self._encode(entered)
         except Exception as error:
-            if len(entered) == 1:
-                self._fail(entered[0], error, events)
-                return
-            for trajectory in entered:
-                try:
-                    [conditioning] = self._encoder.encode([trajectory.request])
-                    self._give(trajectory, conditioning)
-                except Exception as own:
-                    self._fail(trajectory, own, events)
-            return
+            self._encode_alone(entered, error, events)
+        finally:
+            self._loaded.residence.rest()
+
+    def _encode(self, entered: Sequence[Trajectory]) -> None:
+        found = self._encoder.encode([trajectory.request for trajectory in entered])
         for trajectory, conditioning in zip(entered, found, strict=True):
             self._give(trajectory, conditioning)
+
+    def _encode_alone(self, entered: Sequence[Trajectory], error: Exception, events: list[BatchEvent]) -> None:
+        """Try each alone: those that failed in company, and one that found no memory, since there may be more by now."""
+        if len(entered) == 1 and not device.is_out_of_memory(error):
+            self._fail(entered[0], error, events)
+            return
+        device.forget_unused(self._loaded.device)
+        for trajectory in entered:
+            try:
+                self._encode([trajectory])
+            except Exception as own:
+                self._fail(trajectory, own, events)
 
     def _give(self, trajectory: Trajectory, conditioning: sampling.Conditioning) -> None:
         trajectory.conditioning = conditioning
@@ -188,10 +200,10 @@ class RunningBatch:
     def _advance(self, members: Sequence[Trajectory], events: list[BatchEvent]) -> None:
         """Take pictures of one bucket a step on; what fails in company is tried in halves, so that only the culprit fails."""
         try:
-            guesses = self._predict(members)
+            guesses = self._measured(members)
         except Exception as error:
             if len(members) == 1:
-                self._fail(members[0], error, events)
+                self._advance_alone(members[0], error, events)
                 return
             half = (len(members) + 1) // 2
             if device.is_out_of_memory(error):
@@ -202,10 +214,32 @@ class RunningBatch:
             self._advance(members[half:], events)
             return
         for trajectory, guess in zip(members, guesses, strict=True):
-            try:
-                self._take(trajectory, guess, events)
-            except Exception as error:
-                self._fail(trajectory, error, events)
+            self._take_or_fail(trajectory, guess, events)
+
+    def _advance_alone(self, trajectory: Trajectory, error: Exception, events: list[BatchEvent]) -> None:
+        """Try a picture that found no memory once more, with everything given back that is not in use."""
+        if not device.is_out_of_memory(error):
+            self._fail(trajectory, error, events)
+            return
+        device.forget_unused(self._loaded.device)
+        try:
+            [guess] = self._measured([trajectory])
+        except Exception as again:
+            self._fail(trajectory, again, events)
+            return
+        self._take_or_fail(trajectory, guess, events)
+
+    def _measured(self, members: Sequence[Trajectory]) -> list[torch.Tensor]:
+        request = members[0].request
+        rows = 2 if members[0].guided else 1
+        with self.memory.call("step", request.width, request.height, rows, [t.request.id for t in members]):
+            return self._predict(members)
+
+    def _take_or_fail(self, trajectory: Trajectory, guess: torch.Tensor, events: list[BatchEvent]) -> None:
+        try:
+            self._take(trajectory, guess, events)
+        except Exception as error:
+            self._fail(trajectory, error, events)
 
     def _take(self, trajectory: Trajectory, guess: torch.Tensor, events: list[BatchEvent]) -> None:
         trajectory.advance(guess)
@@ -300,26 +334,45 @@ class RunningBatch:
         if not self._denoised:
             return
         first = next(iter(self._denoised.values()))
-        alike = [t for t in self._denoised.values() if t.latents.shape == first.latents.shape][: self._decoded_at_once]
+        planned = self.memory.decide(first.request.width, first.request.height, 1)
+        alike = [t for t in self._denoised.values() if t.latents.shape == first.latents.shape]
+        alike = alike[: min(self._decoded_at_once, planned.decoded_at_once)]
         try:
-            pictures = sampling.decode(self._loaded, torch.cat([trajectory.latents for trajectory in alike]))
-            made: list[Any] = list(pictures)
+            made: list[Any] = self._decode_together(alike, planned.tiled)
         except Exception as error:
-            made = [error] if len(alike) == 1 else [self._decode_alone(trajectory) for trajectory in alike]
+            if len(alike) == 1 and not device.is_out_of_memory(error):
+                made = [error]
+            else:
+                made = [self._decode_alone(trajectory) for trajectory in alike]
+        self._loaded.residence.rest()
         for trajectory, picture in zip(alike, made, strict=True):
-            del self._denoised[trajectory.request.id]
-            outcome = Failed if isinstance(picture, Exception) else Finished
-            events.append(outcome(trajectory.request.id, picture))
+            id = trajectory.request.id
+            del self._denoised[id]
+            share = self.memory.take_share(id)
+            events.append(Failed(id, picture) if isinstance(picture, Exception) else Finished(id, picture, share))
+
+    def _decode_together(self, alike: Sequence[Trajectory], tiled: bool) -> list[Any]:
+        request = alike[0].request
+        with self.memory.call("decode", request.width, request.height, 1, [t.request.id for t in alike], tiled=tiled):
+            return sampling.decode(self._loaded, torch.cat([t.latents for t in alike]), tiled=tiled)
 
     def _decode_alone(self, trajectory: Trajectory) -> Any:
+        """Decode one picture after a failure; where memory runs out again, in tiles."""
         device.forget_unused(self._loaded.device)
         try:
-            return sampling.decode(self._loaded, trajectory.latents)[0]
+            return self._decode_together([trajectory], False)[0]
+        except Exception as error:
+            if not device.is_out_of_memory(error) or not hasattr(self._loaded.pipe.vae, "enable_tiling"):
+                return error
+        device.forget_unused(self._loaded.device)
+        try:
+            return self._decode_together([trajectory], True)[0]
         except Exception as error:
             return error
 
     def _fail(self, trajectory: Trajectory, error: Exception, events: list[BatchEvent]) -> None:
         self.cancel(trajectory.request.id)
+        self.memory.take_share(trajectory.request.id)
         events.append(Failed(trajectory.request.id, error))
 
     @staticmethod

@@ -35,6 +35,8 @@ class StepShare:
     """Time that its steps took because others were there."""
     others_us: float = 0.0
     """Time x other jobs present."""
+    working_bytes: int = 0
+    """Memory that its pictures took in their largest calls, weights left out."""
 
     @property
     def company_permille(self) -> int:

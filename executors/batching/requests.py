@@ -118,6 +118,8 @@ class Finished:
 
     id: str
     picture: Any
+    working_bytes: int = 0
+    """Its share of the largest call it took part in, weights left out; 0 where the device does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

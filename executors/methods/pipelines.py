@@ -12,6 +12,12 @@ from typing import Any, Literal
 
 import torch
 
+from executors.memory import residence
+from executors.memory.calls import CallMemory
+from executors.memory.footprint import FootprintUnknown, read_footprint
+from executors.memory.meter import Meter, meter_of
+from executors.memory.plan import MemoryPlan
+from executors.memory.residence import Residence
 from executors.methods import adapters, device
 from executors.methods.base import InputRefused, ModelMissing, ModelRef
 
@@ -33,6 +39,10 @@ class LoadedPipeline:
     foreign_adapter: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``."""
+    residence: Residence = field(default_factory=Residence)
+    """Where its parts lie while they are not used."""
+    memory: CallMemory | None = None
+    """What its calls may take and took; None for one that was put together by hand."""
     _foreign_scale: float | None = None
     _vae_alone: threading.RLock = field(default_factory=threading.RLock)
 
@@ -98,15 +108,37 @@ def load(model: ModelRef, where: str, dtype: torch.dtype | None = None) -> Loade
     """Load a model onto a device; raises ModelMissing naming the directory."""
     target = device.resolve(where)
     precision = dtype or device.generation_dtype(target)
+    meter = meter_of(target)
     pipe = _read_pipeline(model.base_dir, precision)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(target)
-    loaded = LoadedPipeline(model, pipe, _family(pipe), target, precision, defaults=_read_defaults(model.base_dir))
+    plan = _plan(model.base_dir, precision, meter)
+    placed = residence.settle(pipe, target, plan, *residence.native_size(pipe))
+    loaded = LoadedPipeline(
+        model,
+        pipe,
+        _family(pipe),
+        target,
+        precision,
+        defaults=_read_defaults(model.base_dir),
+        residence=placed,
+        memory=CallMemory(plan, meter),
+    )
     for part in loaded.parts.values():
         part.requires_grad_(False).eval()
     if model.adapter_dir is not None:
         _apply_adapter(loaded, model.adapter_dir)
     return loaded
+
+
+def _plan(folder: Path, precision: torch.dtype, meter: Meter) -> MemoryPlan | None:
+    """What the model needs beside what the device has; None where either is not known."""
+    room = meter.room_bytes()
+    if room is None:
+        return None
+    try:
+        return MemoryPlan(read_footprint(folder), precision.itemsize, room)
+    except FootprintUnknown:
+        return None
 
 
 def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:

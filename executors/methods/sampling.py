@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from executors.methods.base import InputRefused
+from executors.methods.base import InputRefused, NotFinite
 from executors.methods.pipelines import LoadedPipeline
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -209,11 +209,31 @@ def is_guided(loaded: LoadedPipeline, guidance: float) -> bool:
 
 
 @torch.no_grad()
-def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
-    """Decode latents into PIL pictures; raises InputRefused when the numbers overflowed."""
+def decode(loaded: LoadedPipeline, latents: torch.Tensor, *, tiled: bool = False) -> list[Any]:
+    """Decode latents into PIL pictures, once more in single precision when half overflowed; raises NotFinite.
+
+    Pictures that were decoded in tiles differ slightly where tiles meet.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise NotFinite(
+            "the latents hold numbers that are not finite: the model, an adapter or the device computes wrongly"
+        )
+    half = loaded.dtype == torch.float16
+    upcast = half and loaded.family == "sdxl" and bool(getattr(loaded.pipe.vae.config, "force_upcast", False))
+    pixels = _decoded(loaded, latents, upcast, tiled)
+    if half and not upcast and not bool(torch.isfinite(pixels).all()):
+        pixels = _decoded(loaded, latents, True, tiled)
+    if not bool(torch.isfinite(pixels).all()):
+        raise NotFinite(
+            f"the picture holds numbers that are not finite, although its latents are: see {loaded.model.id}'s vae"
+        )
+    pictures: list[Any] = loaded.pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pictures
+
+
+def _decoded(loaded: LoadedPipeline, latents: torch.Tensor, upcast: bool, tiled: bool) -> torch.Tensor:
     vae = loaded.pipe.vae
     config = vae.config
-    upcast = loaded.dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
     if upcast:
         latents = latents.float()
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -227,13 +247,14 @@ def decode(loaded: LoadedPipeline, latents: torch.Tensor) -> list[Any]:
     else:
         latents = latents / config.scaling_factor
     with loaded.vae_precision(torch.float32 if upcast else None):
-        pixels = vae.decode(latents).sample
-    if not bool(torch.isfinite(pixels).all()):
-        raise InputRefused(
-            "model", "its picture holds numbers that are not finite; the model does not work in half precision"
-        )
-    pictures: list[Any] = loaded.pipe.image_processor.postprocess(pixels, output_type="pil")
-    return pictures
+        if tiled:
+            vae.enable_tiling()
+        try:
+            pixels: torch.Tensor = vae.decode(latents).sample
+        finally:
+            if tiled:
+                vae.disable_tiling()
+    return pixels
 
 
 @torch.no_grad()

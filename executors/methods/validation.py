@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from executors.methods import pictures, sampling
-from executors.methods.base import InputRefused
+from executors.methods.base import NotFinite
 from executors.methods.text_to_image import USUAL_GUIDANCE
 from executors.methods.training import Training
 
@@ -30,7 +30,7 @@ def draw_if_due(training: Training, before_step: Callable[[], None]) -> None:
     for index, (prompt, latents) in enumerate(zip(asked.validation_prompts, made, strict=True)):
         try:
             (picture,) = sampling.decode(training.loaded, latents)
-        except InputRefused as refused:
+        except NotFinite as refused:
             print(f"validation after step {step}: no picture of {prompt!r}: {refused}", file=sys.stderr, flush=True)
             continue
         height, width = picture.height, picture.width

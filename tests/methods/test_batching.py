@@ -161,9 +161,9 @@ def test_a_cancelled_picture_costs_no_further_row_and_no_decoding(
     decoded: list[int] = []
     decode = sampling.decode
 
-    def counted(loaded: pipelines.LoadedPipeline, latents: torch.Tensor) -> list[Any]:
+    def counted(loaded: pipelines.LoadedPipeline, latents: torch.Tensor, **how: Any) -> list[Any]:
         decoded.append(len(latents))
-        return decode(loaded, latents)
+        return decode(loaded, latents, **how)
 
     monkeypatch.setattr(sampling, "decode", counted)
     assert of(Finished, drained(batch)) == ["b"]

@@ -1,0 +1,68 @@
+"""Puts a pipeline where there is room: all of it on the device, or what begins and ends a picture aside in host memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from executors.memory.footprint import STEPPED
+from executors.memory.plan import GIB, MemoryPlan, Place
+
+
+@dataclass(slots=True)
+class Residence:
+    """Where a pipeline lies. Parts that lie aside come to the device by themselves when they are called."""
+
+    place: Place = Place.DEVICE
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """Part -> the hook that takes it back to host memory."""
+
+    def rest(self) -> None:
+        """Take the parts that were called back to host memory; nothing where all lies on the device."""
+        for hook in self.hooks.values():
+            hook.offload()
+
+
+def settle(pipe: Any, device: torch.device, plan: MemoryPlan | None, width: int, height: int) -> Residence:
+    """Move a pipeline to its place; raises MemoryError when its network alone does not fit.
+
+    `plan` is None where the model's needs or the device's room are not known: then everything goes onto the device.
+    """
+    place = Place.DEVICE if plan is None else plan.place(width, height)
+    if plan is not None and place is Place.NOWHERE:
+        least = plan.least_bytes(width, height)
+        raise MemoryError(
+            f"model: it needs at least {least / GIB:.2f} GiB of GPU memory for one picture of {width}x{height}, "
+            f"{plan.room_bytes / GIB:.2f} GiB are there"
+        )
+    if place is Place.DEVICE:
+        pipe.to(device)
+        return Residence()
+    return Residence(place, lay_aside(pipe, device))
+
+
+def lay_aside(pipe: Any, device: torch.device) -> dict[str, Any]:
+    """Move the parts that every step needs to the device, and have the others come only while they are called."""
+    from accelerate import cpu_offload_with_hook
+
+    hooks: dict[str, Any] = {}
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        if name in STEPPED:
+            part.to(device)
+        else:
+            _, hooks[name] = cpu_offload_with_hook(part, device)
+    return hooks
+
+
+def native_size(pipe: Any) -> tuple[int, int]:
+    """Width and height in pixels that a pipeline was made for; 512 where it does not say."""
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(getattr(network, "config", None), "sample_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    return math.ceil(width) * factor, math.ceil(height) * factor
