@@ -13,6 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.whatif_request import WhatIfRequest
 
 
+class Expected(BaseModel):
+    """When something is expected, as Unix seconds: it comes by `p50` in half of such cases, by `p90` in nine of ten."""
+
+    p50: float
+    p90: float
+
+
 class JobView(BaseModel):
     """A job as its owner sees it."""
 
@@ -41,6 +48,11 @@ class JobView(BaseModel):
     finished_at: float | None = None
     reason: str = ""
     detail: str = ""
+    queue_position: int | None = None
+    """Place in the order of service, from 1, while it waits for a place; None: it has one, is over, or it is not known yet."""
+    start_at: Expected | None = None
+    finish_at: Expected | None = None
+    """None: it is over, or nobody can say."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     result: dict[str, Any] | None = None
     """``{"files": [{"file_id", "media_type", "size_bytes", "role"}], "metadata": {...}, "model"?: id}`` once finished."""
@@ -100,6 +112,11 @@ class SupportPort(Protocol):
 
     async def why(self, tenant: str, req_no: str) -> Sequence[Mapping[str, Any]]:
         """Return every reason that keeps the job waiting: ``{"reason", "message", "missing": {...}}``."""
+        ...
+
+    async def quote(self, message: str) -> Mapping[str, Any]:
+        """Return when a request message (`api.mq.messages`) would start and end if it were submitted now, what it would cost, and
+        what else could be done: see `api.support.quotes`. Nothing is queued."""
         ...
 
     def events(self, tenant: str, req_no: str = "", after: int = 0) -> AsyncIterator[JobEvent]:

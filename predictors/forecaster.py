@@ -198,6 +198,10 @@ class OnlineForecaster:
                 self._forget(next(iter(self._tracked)))
         return replace(event, estimate=estimate)
 
+    def estimate(self, now: Micros, task: TaskSpec) -> Estimate:
+        """Return the estimate that a task would get if it were submitted now, and keep nothing of it."""
+        return self._estimate(self.predictor.predict(_readable(task_features(task)), now), now)
+
     def _estimate(self, prediction: Prediction, now: Micros) -> Estimate:
         durations = {"*": prediction.quantiles()}
         if prediction.elapsed_us == 0:  # Of a running task only the time on its own GPU model is known better now.

@@ -53,7 +53,7 @@ class SchedulerLoop:
     """Drives an engine in a live world until told to stop, or until something fails that must end the process.
 
     ``observe`` sees every step once it is durable, with the seconds that took; ``save`` is called before each snapshot, for what
-    learns from the journal and must remember as far back as the records go.
+    learns from the journal and must remember as far back as the records go; ``look`` is called between two steps.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class SchedulerLoop:
         *,
         observe: Observe | None = None,
         save: Callable[[], None] = lambda: None,
+        look: Callable[[], None] = lambda: None,
         snapshot_every: int = 20_000,
         failed: Callable[[BaseException], None] = lambda _: None,
         longest_wait_us: Micros = 1_000_000,
     ) -> None:
         self._engine, self._world, self._journal, self._forecaster = engine, world, journal, forecaster
-        self._observe, self._save = observe, save
+        self._observe, self._save, self._look = observe, save, look
         self._snapshot_every = snapshot_every
         self._failed = failed
         self._longest_wait_us = longest_wait_us
@@ -113,6 +114,7 @@ class SchedulerLoop:
     def _run(self) -> None:
         try:
             for wakeup_at in drive(self._engine, self._world, self._record(), self._forecaster):
+                self._look()
                 self._answer()
                 if self._stopping:
                     break

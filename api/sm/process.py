@@ -28,6 +28,7 @@ from api.mq.port import Queue
 from api.mq.sqlite import SqliteQueue
 from api.ports import SupportRefused
 from api.settings import Settings
+from api.sm.foresight import LiveForesight
 from api.sm.journal import JournalBroken, SqliteJournal
 from api.sm.loop import LiveWorld, SchedulerLoop, outstanding_of
 from api.state_dir import StateDir
@@ -39,7 +40,8 @@ from api.support.service import SupportService
 from api.support.store import Store
 from api.whatif_request import WhatIfRequest
 from engine import profiles
-from engine.events import TenantConfigured
+from engine.commands import Command
+from engine.events import Event, TenantConfigured
 from engine.journal import Record
 from engine.limits import Limits
 from engine.ports import Forecaster, NoForecast
@@ -140,18 +142,27 @@ class Scheduler:
         self.metrics = _Metrics()
         self.figures = MetricsFold(self.metrics)
         self.forecaster = config.forecaster(records)
+        self.foresight = LiveForesight(
+            self.engine, self.forecaster, self.metrics.registry, config.state.root / "foresight.json"
+        )
         self.loop = SchedulerLoop(
             self.engine,
             self.world,
             self.journal,
             self.forecaster,
-            observe=self.figures.step,
-            save=self._save_forecaster,
+            observe=self._observed,
+            save=self._save_learned,
+            look=self.foresight.look_if_due,
             snapshot_every=config.snapshot_every,
             failed=self._fail,
         )
         self.support = SupportService(
-            self.core, self.loop, heard=self._heard, figures=self._figures, foresee=self._foresee
+            self.core,
+            self.loop,
+            heard=self._heard,
+            figures=self._figures,
+            foresee=self._foresee,
+            foresight=self.foresight,
         )
         _log.info(
             "recovered",
@@ -184,7 +195,12 @@ class Scheduler:
         self.store.close()
         self.journal.close()
 
-    def _save_forecaster(self) -> None:
+    def _observed(self, now: Micros, events: Sequence[Event], commands: Sequence[Command], duration_s: float) -> None:
+        self.figures.step(now, events, commands, duration_s)
+        self.foresight.step(now, events, commands)
+
+    def _save_learned(self) -> None:
+        self.foresight.save()
         if self.config.forecaster_file is not None and isinstance(self.forecaster, OnlineForecaster):
             self.forecaster.save(self.config.forecaster_file)
 
@@ -197,7 +213,7 @@ class Scheduler:
     def _figures(self) -> Mapping[str, Any]:
         """Return the loop's figures for `SupportPort.queue`."""
         steps = {"steps": self.journal.seq, "epoch": self.journal.epoch, "live_jobs": len(self.core.fold.live)}
-        return {"scheduler": steps, "predictions": self.figures.summary()}
+        return {"scheduler": steps, "predictions": self.figures.summary(), "promises": self.foresight.figures()}
 
     async def _foresee(self, request: WhatIfRequest) -> Mapping[str, Any]:
         """Have a worker simulate two futures of the journal."""

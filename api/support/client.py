@@ -117,6 +117,11 @@ class SupportClient:
             raise SupportRefused(503, "support_down", f"the stream from SS broke: {error}") from error
         raise SupportRefused(503, "support_down", "SS ended the stream, it is going down")
 
+    async def quote(self, message: str) -> Mapping[str, Any]:
+        """Return when a request would start and end."""
+        answer: Mapping[str, Any] = await self._call("POST", "/internal/quotes", body={"message": message})
+        return answer
+
     async def compensate(self, tenant: str, req_no: str, action: str, key: str = "") -> Mapping[str, Any]:
         """Carry out a compensation."""
         answer: Mapping[str, Any] = await self._call(

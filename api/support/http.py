@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from api.mq.messages import MAX_BYTES
 from api.ports import JobEvent, SupportPort, SupportRefused
 from api.whatif_request import WhatIfRequest
 
@@ -29,6 +30,12 @@ class _Compensation(BaseModel):
 
     action: str
     key: str = Field(default="", max_length=200)
+
+
+class _Quote(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    message: str = Field(max_length=MAX_BYTES)
 
 
 class _Deployment(BaseModel):
@@ -117,6 +124,10 @@ def _job_routes(app: FastAPI, support: SupportPort) -> None:
     @app.get("/internal/jobs/{req_no}/why")
     async def why(req_no: str, tenant: str) -> Any:
         return JSONResponse({"reasons": list(await support.why(tenant, req_no))})
+
+    @app.post("/internal/quotes")
+    async def quote(order: _Quote) -> Any:
+        return JSONResponse(dict(await support.quote(order.message)))
 
     @app.post("/internal/jobs/{req_no}/compensations")
     async def compensate(req_no: str, tenant: str, order: _Compensation) -> Any:

@@ -17,7 +17,9 @@ from api.support.compensate import compensate
 from api.support.core import SupportCore
 from api.support.intake import MAX_DEPLOYED_PODS
 from api.support.jobs import TERMINAL, Job, Model, view_of
+from api.support.quotes import Asked, Foreseeing, Told, answer, told_apart
 from api.whatif_request import WhatIfRequest
+from engine.ahead.foresight import Promise
 from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
@@ -25,6 +27,8 @@ T = TypeVar("T")
 CERTAIN_TIMEOUT_S = 120.0
 """Longest wait for a cancel: a silent node's lease and margin, with room to spare."""
 KEEPALIVE_S = 15.0
+OUTLOOK_S = 1.0
+"""How often the reader of one job's events is told of a promise that changed."""
 MAX_PAGE = 500
 
 
@@ -55,12 +59,15 @@ class SupportService:
         heard: Callable[[], Mapping[str, float]] = dict,
         figures: Callable[[], Mapping[str, Any]] = dict,
         foresee: Callable[[WhatIfRequest], Awaitable[Mapping[str, Any]]] | None = None,
+        foresight: Foreseeing | None = None,
     ) -> None:
-        """`heard` says when each node was heard last; `figures` are added to `queue`; `foresee` answers what-ifs."""
+        """`heard` says when each node was heard last; `figures` are added to `queue`; `foresee` answers what-ifs, `foresight` says
+        when jobs will be done."""
         self._core = core
         self._loop = loop
         self._heard, self._figures = heard, figures
         self._foresee, self._foreseeing = foresee, False
+        self._foresight = foresight
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -68,10 +75,10 @@ class SupportService:
         """Return a job, from the board, the store, or the queue where it still waits."""
         shown = self._core.board.view((tenant, req_no))
         if shown is not None:
-            return views.job_view(shown[1])
+            return self._shown(shown[1])
         job = self._core.store.job(tenant, req_no)
         if job is not None:
-            return views.job_view(self._freshest(job))
+            return self._shown(self._freshest(job))
         waiting = self._core.queue.peek(REQUESTS, request_id(tenant, req_no))
         if waiting is not None:
             try:
@@ -90,8 +97,18 @@ class SupportService:
             raise SupportRefused(422, "bad_cursor", "cursor: use the one that came with the page before")
         limit = max(1, min(limit, MAX_PAGE))
         found = self._core.store.jobs(tenant, limit + 1, int(cursor or 0), state, group)
-        page = [views.job_view(self._freshest(job)) for job in found[:limit]]
+        page = [self._shown(self._freshest(job)) for job in found[:limit]]
         return page, str(found[limit - 1].n) if len(found) > limit else ""
+
+    def _shown(self, view: Mapping[str, Any]) -> JobView:
+        return views.job_view(view, self._promise(view["tenant"], view["req_no"]))
+
+    def _promise(self, tenant: str, req_no: str) -> Promise | None:
+        """Return when a job will be done, by the last look ahead."""
+        if self._foresight is None:
+            return None
+        outlook = self._foresight.outlook
+        return outlook.of(req_no, tenant) or outlook.of(told_apart(tenant, req_no), tenant)
 
     def _freshest(self, job: Job) -> Mapping[str, Any]:
         shown = self._core.board.view(job.key)
@@ -168,17 +185,34 @@ class SupportService:
                         view=views.job_view(view_of(job)),
                     )
                 return
+            told = Told()
             while not board.closed:
-                for change in await listener.take(KEEPALIVE_S):
+                for change in await listener.take(OUTLOOK_S if req_no and self._foresight else KEEPALIVE_S):
                     if change.event_id <= after:
                         continue
                     after = change.event_id
-                    yield views.job_event(change)
+                    promise = self._promise(change.job.tenant, change.job.req_no)
+                    if req_no:
+                        told.tell(promise)
+                    yield views.job_event(change, promise)
                     if req_no and change.view["state"] in TERMINAL:
                         return
+                if req_no and (outlook := await self._outlook(tenant, req_no, told)) is not None:
+                    yield outlook
             raise SupportRefused(503, "support_down", "SS is going down; go on after the last event id")
         finally:
             board.leave(listener)
+
+    async def _outlook(self, tenant: str, req_no: str, told: Told) -> JobEvent | None:
+        """Return an event where a job's promise has changed since its reader was told; it has no id, for it is not stored."""
+        if self._foresight is None:
+            return None
+        view = await self.job(tenant, req_no)
+        promise = self._promise(view.tenant, req_no)
+        if promise is None or view.state in TERMINAL or not told.is_news(promise):
+            return None
+        told.tell(promise)
+        return JobEvent.model_construct(event_id=0, kind="outlook", at=promise.made_at / 1e6, view=view)
 
     def _history(self, tenant: str, req_no: str, after: int) -> list[JobEvent]:
         """Return the stored changes after an event id; without an id, one job's whole life and of all jobs nothing."""
@@ -193,6 +227,14 @@ class SupportService:
             if job is not None:
                 events.append(views.stored_event(row, job))
         return events
+
+    async def quote(self, message: str) -> Mapping[str, Any]:
+        """Return when a request would start and end if it were submitted now, its cost, and alternatives."""
+        foresight = self._foresight
+        if foresight is None:
+            raise SupportRefused(501, "no_foresight", "this SS does not look ahead")
+        asked = Asked.read(message, self._core)
+        return await self._loop.ask(lambda _: answer(asked, foresight))
 
     async def compensate(self, tenant: str, req_no: str, action: str, key: str = "") -> Mapping[str, Any]:
         """Redeliver the result, run a dead-lettered task again, or give back its quota; idempotent by key."""

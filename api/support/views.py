@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from api.mq.messages import Message
-from api.ports import JobEvent, JobView, ModelView
+from api.ports import Expected, JobEvent, JobView, ModelView
 from api.support.jobs import Change, Job, Model, view_of
+from engine.ahead.foresight import Promise
 from engine.reasons import Blocker
 from engine.state import State
 from engine.tasks import TERMINAL_STATES
@@ -16,15 +17,26 @@ Use = tuple[int, int]
 """Memory used in bytes and busy thousandths of a GPU, as its node said last."""
 
 
-def job_view(view: Mapping[str, Any]) -> JobView:
+def job_view(view: Mapping[str, Any], promise: Promise | None = None) -> JobView:
     """Return a view as the gateway gets it; it was made by us, so nothing is validated again."""
-    return JobView.model_construct(**view)
+    if promise is None or view["state"] in TERMINAL_STATES:
+        return JobView.model_construct(**view)
+    return JobView.model_construct(**view, **promise_view(promise))
 
 
-def job_event(change: Change) -> JobEvent:
+def promise_view(promise: Promise) -> dict[str, Any]:
+    """Return a promise as the fields of a job; times in Unix seconds."""
+    return {
+        "queue_position": promise.position or None,
+        "start_at": Expected(p50=promise.start_p50 / 1e6, p90=promise.start_p90 / 1e6),
+        "finish_at": Expected(p50=promise.finish_p50 / 1e6, p90=promise.finish_p90 / 1e6),
+    }
+
+
+def job_event(change: Change, promise: Promise | None = None) -> JobEvent:
     """Return a change as the gateway gets it."""
     return JobEvent.model_construct(
-        event_id=change.event_id, kind=change.kind, at=change.at, view=job_view(change.view)
+        event_id=change.event_id, kind=change.kind, at=change.at, view=job_view(change.view, promise)
     )
 
 

@@ -53,6 +53,7 @@ class _Columns:
     finish_p50: list[float]
     finish_p90: list[float]
     stratum: list[int]
+    tenant: list[str]
 
 
 class Outlook:
@@ -73,10 +74,12 @@ class Outlook:
     def __contains__(self, req_no: str) -> bool:
         return req_no in self._index
 
-    def of(self, req_no: str) -> Promise | None:
-        """Return the promise of a task; None: it is not known, over, or nobody can say when."""
+    def of(self, req_no: str, tenant: str = "") -> Promise | None:
+        """Return the promise of a task; None: it is not known (or another tenant's), over, or nobody can say when."""
         number = self._index.get(req_no)
-        return None if number is None else self._promise(number)
+        if number is None or (tenant and self._columns.tenant[number] != tenant):
+            return None
+        return self._promise(number)
 
     def _promise(self, number: int) -> Promise | None:
         columns = self._columns
@@ -95,18 +98,19 @@ class Outlook:
         """Return the place of every waiting task in the order of service."""
         return {name: place for name, number in self._index.items() if (place := self._columns.position[number])}
 
-    def room_at(self, among: Sequence[str] | None = None) -> Micros | None:
-        """Return when the first waiting task is likely to leave the queue (of some tasks, where they are named); None: never."""
+    def room_at(self, tenant: str = "") -> Micros | None:
+        """Return when the first waiting task is likely to leave the queue (of a tenant, where one is named); None: never."""
         columns = self._columns
-        numbers = (
-            self._index.values() if among is None else [self._index[name] for name in among if name in self._index]
-        )
-        starts = [columns.start_p50[number] for number in numbers if columns.position[number]]
+        starts = [
+            start
+            for start, position, owner in zip(columns.start_p50, columns.position, columns.tenant, strict=True)
+            if position and (not tenant or owner == tenant)
+        ]
         soonest = min(starts, default=float("inf"))
         return None if soonest == float("inf") else int(soonest)
 
 
-NOTHING: Final = Outlook(0, {}, _Columns([], [], [], [], [], []), 0)
+NOTHING: Final = Outlook(0, {}, _Columns([], [], [], [], [], [], []), 0)
 
 
 @dataclass(slots=True)
@@ -246,6 +250,7 @@ class Foresight:
             finish_50.tolist(),
             finish_90.tolist(),
             strata.tolist(),
+            [task.spec.tenant for task in tasks],
         )
         index = {task.req_no: number for number, task in enumerate(tasks)}
         return Outlook(now, index, columns, len(ordered))
