@@ -68,6 +68,8 @@ class SimWorld:
         self.seed = seed
         self.bell: Callable[[], None] | None = None
         """Called when an event enters the empty inbox; set by `run`."""
+        self.on_scale: Callable[[ScaleNodes], None] | None = None
+        """Carries out what the engine wants of nodes (`sim.fleet`); None: nobody does."""
         self.counts: dict[str, int] = {}
         self.open_tasks: dict[str, tuple[TaskSpec, Truth]] = {}
         """Tasks that entered and are not known to be over."""
@@ -121,6 +123,8 @@ class SimWorld:
                 self._release(command)
             case ScaleNodes():
                 self.count("scale_advice")
+                if self.on_scale is not None:
+                    self.on_scale(command)
             case _:
                 assert_never(command)
 

@@ -18,6 +18,10 @@ from engine.turn import Turn
 
 CREATED_PER_CHECK = 8
 """Pods that are started ahead at one look, so that a wrong forecast costs little."""
+IDLE_PERMILLE = 100
+"""Nodes go when more than this share of them is too much: a few more or fewer are no reason to change."""
+WITHHOLD_STARTS = 4
+"""Nodes stay that are expected to be needed within so many start-up times."""
 STALE_HORIZONS = 2
 """A forecast older than so many of its shortest horizon counts for nothing."""
 
@@ -50,13 +54,11 @@ def _scale(turn: Turn, config: FleetConfigured) -> None:
         return
     if fleet.grown_at + config.cool_down_us > turn.now or not fleet.peaks:
         return
-    if fleet.peaks[0][0] + config.cool_down_us > turn.now and asked <= _nodes_for(turn, config, fleet.peaks[0][1]):
-        return
-    kept = min(config.nodes_max, max(config.nodes_min, bounded, _nodes_for(turn, config, fleet.peaks[0][1])))
-    if kept < asked:
-        leave = _leaving(here, len(here) - kept)
+    least = max(bounded, _nodes_for(turn, config, fleet.peaks[0][1]), _by_forecast(turn, config, WITHHOLD_STARTS))
+    kept = min(config.nodes_max, max(config.nodes_min, least))
+    if kept < asked - asked * IDLE_PERMILLE // 1000:
         turn.count(Reason.IDLE)
-        turn.order(ScaleNodes(kept, Reason.IDLE, leave))
+        turn.order(ScaleNodes(kept, Reason.IDLE, _leaving(here, len(here) - kept)))
 
 
 def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
@@ -76,13 +78,13 @@ def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
     return _nodes_for(turn, config, used + waits)
 
 
-def _by_forecast(turn: Turn, config: FleetConfigured) -> int:
-    """Return the nodes for the demand expected while a node would start."""
+def _by_forecast(turn: Turn, config: FleetConfigured, starts: int = 1) -> int:
+    """Return the nodes for the demand expected while a node would start, or so many after each other."""
     fleet = turn.state.fleet
     forecast = fleet.forecast
     if forecast is None or fleet.forecast_at + STALE_HORIZONS * forecast.horizons_us[0] < turn.now:
         return 0
-    horizon = fleet.horizon_of(config.start_us)
+    horizon = fleet.horizon_of(starts * config.start_us)
     gpu_us = fleet.quantile(horizon, turn.profile.scale_level)
     return _nodes_for(turn, config, 1000 * gpu_us // forecast.horizons_us[horizon])
 
