@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.entities import Pod
 from engine.errors import InvariantViolated
 from engine.resources import WHOLE_GPU
 from engine.state import State
@@ -110,7 +111,7 @@ def _pods(state: State) -> list[str]:
     wrong = []
     for pod in state.pods.values():
         where = f"Pod {pod.number} ({pod.state})"
-        if len(pod.tasks) > pod.slots:
+        if len(pod.tasks) > pod.slots + _beyond(state, pod):
             wrong.append(f"{where}: {len(pod.tasks)} tasks in {pod.slots} slots")
         if pod.state is PodState.GONE or pod.node.pods.get(pod.number) is not pod:
             wrong.append(f"{where}: gone, or unknown to its node")
@@ -132,6 +133,13 @@ def _pods(state: State) -> list[str]:
             wrong.append(f"claim of {claim.req_no}: it waits for nothing")
         wrong += [f"claim of {claim.req_no}: Pod {n} is gone" for n in claim.waits_for if n not in state.pods]
     return wrong
+
+
+def _beyond(state: State, pod: Pod) -> int:
+    """Return how many tasks may be in a Pod beyond its slots: urgent ones that say so."""
+    inside = [task for req_no in pod.tasks if (task := state.tasks.get(req_no)) is not None and task.urgent]
+    most = max((task.spec.urgent_slots for task in inside), default=0)
+    return min(most, pod.slots, len(inside))
 
 
 def _counters(state: State) -> list[str]:

@@ -75,6 +75,8 @@ def invalid(spec: TaskSpec, most_members: int) -> str:
         return f"members: {spec.members} is out of range; use 1 to {most_members}"
     if spec.slots < 1:
         return f"slots: {spec.slots} is out of range; use at least 1"
+    if spec.urgent_slots < 0:
+        return f"urgent_slots: {spec.urgent_slots} is out of range; use 0 or more"
     if spec.max_attempts < 1:
         return f"max_attempts: {spec.max_attempts} is out of range; use at least 1"
     if spec.run_limit_us is not None and spec.run_limit_us < 1:

@@ -13,6 +13,7 @@ from engine.entities import Pod, Task
 from engine.kinds import RoomLine, Shape
 from engine.levels.by_rank import preempt_by_rank
 from engine.levels.room import claim
+from engine.levels.urgent_slots import let_urgent_in
 from engine.levels.victims import look_again, loss_of, placed, room_plan
 from engine.reasons import Reason
 from engine.stopping import stop
@@ -24,7 +25,8 @@ MOST_VICTIMS = 64
 
 
 def preempt(turn: Turn) -> None:
-    """Stop tasks for waiting ones that outrank them, and ordinary ones for urgent ones that have waited long enough."""
+    """Let urgent tasks in beside others, stop tasks for those that outrank them, and ordinary ones for patient urgent ones."""
+    let_urgent_in(turn)
     waiting = turn.backlog.waiting
     if waiting is not None and (turn.profile.ordering.preemptive or turn.profile.quotas is not None):
         preempt_by_rank(turn, waiting)

@@ -154,6 +154,7 @@ class AdversarialWorld(RuleBasedStateMachine):
                 max_attempts=1 + n % 4,
                 declared_us=(n % 50) * SECOND // 10 or None,
                 preemptible=n % 10 != 0,
+                urgent_slots=n // 19 % 3,
             )
             self.outbox.append(ev.TaskSubmitted(spec, estimate))
 
