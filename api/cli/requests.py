@@ -29,6 +29,13 @@ def generate(
     ] = None,
     adapter_scale: Annotated[float | None, typer.Option(help="Weight of --model where it is a LoRA, 0 to 2.")] = None,
     preview_every: Annotated[int, typer.Option(min=0, help="Steps between two previews in the job's events.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin with.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it may change, up to 1.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture as large, white where it is painted anew.")] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and what it follows; repeatable."),
+    ] = None,
     priority: Annotated[int, typer.Option(help="100 and above is urgent.")] = 0,
     group: Annotated[str, typer.Option(help="Requests of one group go to the same node.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pictures.")] = Path("."),
@@ -38,9 +45,15 @@ def generate(
     state_dir: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
-    """Generate pictures from text and download them."""
+    """Generate pictures from text, and from other pictures, and download them."""
     parameters: dict[str, Any] = {"prompt": prompt, "count": count}
-    optional: dict[str, Any] = {"negative_prompt": negative_prompt or None, "seed": seed, "steps": steps, "guidance": guidance}
+    optional: dict[str, Any] = {
+        "negative_prompt": negative_prompt or None,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "strength": strength,
+    }
     optional |= {"adapter_scale": adapter_scale, "preview_every": preview_every or None}
     parameters |= {name: value for name, value in optional.items() if value is not None}
     if adapter:
@@ -50,7 +63,15 @@ def generate(
         if not (width.isdigit() and height.isdigit()):
             fail(f"--size: {size!r} is not WIDTHxHEIGHT, such as 512x512", Exit.USAGE)
         parameters |= {"width": int(width), "height": int(height)}
+    followed = [_control(text) for text in control or []]
+    _present([path for path in (image, mask, *(path for _, path, _ in followed)) if path is not None])
     client = GatewayClient(url, key, state_dir)
+    given = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
+    parameters |= {name: upload(client, path) for name, path in given.items()}
+    if followed:
+        parameters["control"] = [
+            {"model": name, "image": upload(client, path), "scale": scale} for name, path, scale in followed
+        ]
     job = submit(client, "GC", "text_to_image", parameters, model=model, priority=priority, group=group)
     if not wait:
         _say(job, as_json)
@@ -87,9 +108,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a personalised model from a few pictures (DreamBooth); prints its model id."""
-    missing = [str(picture) for picture in pictures if not picture.is_file()]
-    if missing:
-        fail(f"no such picture: {', '.join(missing)}", Exit.USAGE)
+    _present(pictures)
     client = GatewayClient(url, key, state_dir)
     parameters: dict[str, Any] = {
         "pictures": [upload(client, picture) for picture in pictures],
@@ -103,6 +122,27 @@ def train(
         _say(job, as_json)
         return
     _end(follow(client, job["req_no"], quiet=as_json), as_json)
+
+
+def _present(pictures: list[Path]) -> None:
+    missing = [str(picture) for picture in pictures if not picture.is_file()]
+    if missing:
+        fail(f"no such picture: {', '.join(missing)}", Exit.USAGE)
+
+
+def _control(text: str) -> tuple[str, Path, float]:
+    """Read NAME:FILE or NAME:FILE:SCALE; the file's own name may hold colons."""
+    name, _, rest = text.partition(":")
+    file, _, number = rest.rpartition(":")
+    scale = 1.0
+    if file and not Path(rest).is_file():
+        try:
+            scale, rest = float(number), file
+        except ValueError:
+            pass  # The colon is part of a name that does not exist; that is said of the whole of it.
+    if not name or not rest:
+        fail(f"--control: {text!r} is not NAME:FILE, such as canny:edges.png", Exit.USAGE)
+    return name, Path(rest), scale
 
 
 def submit(

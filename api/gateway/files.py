@@ -17,6 +17,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel
 
 from api.gateway.context import AnyCaller, Gateway, GatewayParts
+from api.gateway.keys import Caller
 from api.gateway.problems import Refused, declared
 from api.gateway.signing import check
 from executors.ports import FileRef
@@ -51,15 +52,7 @@ async def upload(file: UploadFile, known: AnyCaller, parts: GatewayParts) -> Upl
         with path.open("wb") as out:
             while block := await file.read(1 << 20):
                 await asyncio.to_thread(out.write, block)
-        found = await check_picture(path, parts.config.max_picture_pixels, parts.config.check_picture_s)
-        try:
-            stored = await asyncio.to_thread(parts.store.put_path, path, MEDIA_TYPES[found["format"]])
-        except OSError as error:
-            if error.errno == 28:
-                raise Refused(507, "storage_full", "The file store is full; nothing was kept.") from None
-            raise
-    parts.records.own(known.tenant, [stored.file_id], parts.clock_s())
-    log.info("picture_stored", tenant=known.tenant, file_id=stored.file_id, size_bytes=stored.size_bytes)
+        stored, found = await kept(path, "file", known, parts)
     return Uploaded(
         file_id=stored.file_id,
         media_type=MEDIA_TYPES[found["format"]],
@@ -69,8 +62,22 @@ async def upload(file: UploadFile, known: AnyCaller, parts: GatewayParts) -> Upl
     )
 
 
-async def check_picture(path: FilePath, max_pixels: int, timeout_s: float) -> dict[str, Any]:
-    """Decode a picture in a limited process; returns format, width and height. Raises Refused 422."""
+async def kept(path: FilePath, field: str, known: Caller, parts: Gateway) -> tuple[FileRef, dict[str, Any]]:
+    """Check a picture and store it for a caller; returns where, and what `check_picture` found. Raises Refused naming the field."""
+    found = await check_picture(path, parts.config.max_picture_pixels, parts.config.check_picture_s, field)
+    try:
+        stored = await asyncio.to_thread(parts.store.put_path, path, MEDIA_TYPES[found["format"]])
+    except OSError as error:
+        if error.errno == 28:
+            raise Refused(507, "storage_full", "The file store is full; nothing was kept.") from None
+        raise
+    parts.records.own(known.tenant, [stored.file_id], parts.clock_s())
+    log.info("picture_stored", tenant=known.tenant, file_id=stored.file_id, size_bytes=stored.size_bytes)
+    return stored, found
+
+
+async def check_picture(path: FilePath, max_pixels: int, timeout_s: float, field: str = "file") -> dict[str, Any]:
+    """Decode a picture in a limited process; returns its format, size and whether it is transparent. Raises Refused 422."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",
@@ -86,7 +93,7 @@ async def check_picture(path: FilePath, max_pixels: int, timeout_s: float) -> di
         async with asyncio.timeout(timeout_s):
             out, _ = await process.communicate()
     except TimeoutError:
-        raise Refused(422, "picture_refused", "file: the picture takes too long to decode.", param="file") from None
+        raise Refused(422, "picture_refused", f"{field}: the picture takes too long to decode.", param=field) from None
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -97,7 +104,7 @@ async def check_picture(path: FilePath, max_pixels: int, timeout_s: float) -> di
     except ValueError:
         found = {"error": "the picture could not be decoded within the limits of memory and time"}
     if "error" in found:
-        raise Refused(422, "picture_refused", f"file: {found['error']}.", param="file")
+        raise Refused(422, "picture_refused", f"{field}: {found['error']}.", param=field)
     return dict(found)
 
 

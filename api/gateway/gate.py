@@ -23,7 +23,7 @@ from api.gateway.problems import PROBLEM_TYPE, Refused, problem_body
 from api.monitoring.metrics import Metrics
 
 log = structlog.get_logger("gateway")
-UPLOADS = "/v1/uploads"
+UPLOADS = frozenset({"/v1/uploads", "/v1/images/edits"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -189,7 +189,7 @@ class Gate:
         chunked = bool(_header(scope, b"transfer-encoding"))
         if not chunked and (not length or length == "0"):
             return receive
-        upload = scope["path"] == UPLOADS and scope["method"] == "POST"
+        upload = scope["path"] in UPLOADS and scope["method"] == "POST"
         limit = self._config.max_upload_bytes if upload else self._config.max_json_bytes
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)

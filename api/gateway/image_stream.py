@@ -1,6 +1,7 @@
 """The images route as a stream: news of the job as comments, which every client skips, then one event per picture.
 
-The openai SDK raises on an event type that it does not know, so nothing but `image_generation.completed` and an error is sent.
+The openai SDK raises on an event type that it does not know, so nothing but `image_generation.completed` (`image_edit.completed`)
+and an error is sent.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ async def pictures(
     limit_s: float,
     completed: Callable[[JobView], Awaitable[list[Mapping[str, Any]]]],
     failure: Callable[[JobView], Refused],
+    kind: str = "image_generation",
 ) -> AsyncIterator[bytes]:
     """Stream a job's pictures; a reader that leaves before the end cancels the job."""
     ended = False
@@ -56,10 +58,8 @@ async def pictures(
             yield _error(refusal.detail, refusal.code)
         else:
             for fields in await completed(view):
-                yield sse.event(
-                    {"type": "image_generation.completed", "usage": _NO_USAGE, **fields},
-                    kind="image_generation.completed",
-                )
+                name = f"{kind}.completed"
+                yield sse.event({"type": name, "usage": _NO_USAGE, **fields}, kind=name)
     except Exception as error:
         log.warning("generation_stream_failed", reqNo=req_no, error=repr(error))
         yield _error("The gateway lost sight of the job; look at it in /v1/jobs.", "internal_error")

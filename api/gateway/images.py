@@ -104,8 +104,22 @@ async def generate(
     key: IdempotencyKey = "",
 ) -> ImagesResponse | Response:
     """Run a generation and answer with its pictures. Hanging up cancels it, as does waiting longer than the time-out (504)."""
+    return await answered(job_request(body), body, request, response, known, parts, key)
+
+
+async def answered(
+    job: JobRequest,
+    body: ImagesRequest,
+    request: Request,
+    response: Response,
+    known: Caller,
+    parts: Gateway,
+    key: str,
+    kind: str = "image_generation",
+) -> ImagesResponse | Response:
+    """Submit a job and answer with its pictures, as the body wants them."""
     outcome = await parts.submissions.submit(
-        known, job_request(body), key, source="images", traceparent=request.headers.get("traceparent", "")
+        known, job, key, source="images", traceparent=request.headers.get("traceparent", "")
     )
     req_no = outcome.view.req_no
     limit_s = min(body.timeout_s or parts.config.sync_timeout_s, parts.config.sync_timeout_s)
@@ -115,7 +129,7 @@ async def generate(
         async def completed(view: JobView) -> list[Mapping[str, Any]]:
             return await _completed(parts, known, request, body, view)
 
-        source = image_stream.pictures(parts, known.scope, req_no, limit_s, completed, _failure)
+        source = image_stream.pictures(parts, known.scope, req_no, limit_s, completed, _failure, kind)
         return sse.stream(source, location)
     response.headers.update(location)
     view = await _ended(parts, known, request, req_no, limit_s)

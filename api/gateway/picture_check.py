@@ -1,6 +1,6 @@
 """Decodes one picture within hard limits: run as a script in a process of its own, so that a crafted file can only break that.
 
-Usage: picture_check.py PATH MAX_PIXELS. Prints one JSON object: {"format", "width", "height"} or {"error"}.
+Usage: picture_check.py PATH MAX_PIXELS. Prints one JSON object: {"format", "width", "height", "transparent"} or {"error"}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main(path: str, max_pixels: int) -> dict[str, object]:
             if getattr(picture, "n_frames", 1) != 1:
                 return {"error": "the picture is animated; send a single frame"}
             picture.load()
-            return {"format": picture.format, "width": width, "height": height}
+            alpha = picture.convert("RGBA").getchannel("A").histogram() if picture.has_transparency_data else []
+            transparent = any(alpha[:128])  # Soft edges alone say nothing.
+            return {"format": picture.format, "width": width, "height": height, "transparent": transparent}
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return {"error": f"the picture has more than the {max_pixels} pixels allowed"}
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A training's pictures, looked at before the task is queued: a file that cannot be used costs its sender a message, not GPU time.
+"""A request's pictures, looked at before the task is queued: a file that cannot be used costs its sender a message, not GPU time.
 
 Requests that come through the gateway name files that were decoded in a limited process when they were uploaded. Those that come
 straight from the queue may name anything, and a file may have been deleted since. So every file's place, size, kind and header are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from executors.methods.parameters import MAX_INPUT_PIXELS
 from executors.ports import FileStore
@@ -22,10 +22,15 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 def problem(files: FileStore, file_ids: Sequence[str]) -> str:
     """Return what is wrong with the first picture that cannot be trained on, as ``pictures.N: ...``; empty when nothing is."""
-    for index, file_id in enumerate(file_ids):
+    return problem_of(files, {f"pictures.{index}": file_id for index, file_id in enumerate(file_ids)})
+
+
+def problem_of(files: FileStore, named: Mapping[str, str]) -> str:
+    """Return what is wrong with the first picture that cannot be used, as ``field: ...``; empty when nothing is."""
+    for field_name, file_id in named.items():
         found = _problem(files, file_id)
         if found:
-            return f"pictures.{index}: {found}"
+            return f"{field_name}: {found}"
     return ""
 
 

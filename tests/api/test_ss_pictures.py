@@ -78,3 +78,11 @@ def test_only_the_beginning_of_a_large_picture_is_read(files: ObjectFileStore, m
     # What begins with more than that in metadata is for the Pod to judge.
     assert pictures.problem(files, [files.put_bytes(b"\0" * 65).file_id]) == ""
     assert pictures.problem(files, [files.put_bytes(b"\0" * 64).file_id]) != ""
+
+
+def test_each_picture_of_a_generation_is_named_by_its_field(files: ObjectFileStore) -> None:
+    good, bad = files.put_bytes(_encoded("PNG")).file_id, files.put_bytes(b"no picture").file_id
+    assert pictures.problem_of(files, {"image": good, "mask": good}) == ""
+    assert pictures.problem_of(files, {"image": good, "mask": bad}).startswith("mask: this is no picture")
+    assert pictures.problem_of(files, {"control.0.image": "b" * 64}).startswith("control.0.image: there is no file")
+    assert pictures.problem_of(files, {}) == ""
