@@ -32,6 +32,7 @@ from engine.resources import GpuSpec
 from engine.tasks import NOT_RETRYABLE, TERMINAL_STATES, Estimate, FailureCause, Micros, TaskSpec
 from predictors import stored
 from predictors.challenger import Refit, at_once
+from predictors.company import CompanyCost
 from predictors.features import Feature, Request, read_request, task_features
 from predictors.given import DeclaredForecaster, NoisyForecaster, OracleForecaster
 from predictors.predictor import Outcome, Prediction, Predictor
@@ -85,6 +86,7 @@ class OnlineForecaster:
 
     def __init__(self, predictor: Predictor | None = None, max_tracked: int = 100_000) -> None:
         self.predictor = predictor or Predictor()
+        self.company = CompanyCost()
         self.max_tracked = max_tracked
         self._tracked: dict[str, _Tracked] = {}
         self._predictions: dict[str, Prediction] = {}
@@ -155,6 +157,7 @@ class OnlineForecaster:
             "gpu_models": self._gpu_models,
             "pods": list(self._pod_gpu_model.items()),
             "overdue": self._overdue,
+            "company": self.company.to_json(),
             "max_tracked": self.max_tracked,
         }
         stored.save(self.predictor, path, extra)
@@ -176,6 +179,7 @@ class OnlineForecaster:
         self._gpu_models = extra["gpu_models"]
         self._pod_gpu_model = dict(extra["pods"])
         self._overdue = [(due, req_no, attempt) for due, req_no, attempt in extra["overdue"]]
+        self.company.restore(extra.get("company", []))
 
     def _submitted(self, now: Micros, event: TaskSubmitted) -> TaskSubmitted:
         task = event.task
@@ -211,6 +215,7 @@ class OnlineForecaster:
             durations=tuple(sorted(durations.items())),
             gpu_memory_bytes=prediction.gpu_memory_bytes,
             failure_ppm=round(prediction.failure_chance * _PPM),
+            marginal_permille=self.company.marginal_permille(prediction.request.model, prediction.request.pixels),
         )
 
     def _heard(self, now: Micros, event: Event) -> TaskEstimated | None:
@@ -278,6 +283,11 @@ class OnlineForecaster:
         if tracked.finished_ranks < tracked.members:
             return
         run_us = event.run_us or now - tracked.started_us
+        if event.alone_us:
+            # What others in the Pod cost must not be learned as the task's own slowness.
+            request = _readable(tracked.features)
+            self.company.observe(request.model, request.pixels, run_us, event.alone_us, event.company_permille)
+            run_us = min(run_us, event.alone_us)
         self._observe(now, event.req_no, tracked, run_us, Outcome.FINISHED, event.peak_gpu_memory_bytes)
         self._forget(event.req_no)
 
