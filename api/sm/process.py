@@ -133,6 +133,8 @@ class Scheduler:
             default_model=config.default_model,
             files=config.files,
             failed=self._fail,
+            # A copy of the keys: it is asked from another thread.
+            largest_card=lambda: max((size for _, size in list(self.engine.state.cluster.cards)), default=0),
         )
         self.journal.within = self.core.within
         self.journal.published = self.core.published

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -24,6 +25,7 @@ from api.sm.journal import SqliteJournal
 from api.support.board import Board
 from api.support.intake import MethodDefaults, Request, understand
 from api.support.jobs import TRAINING_METHOD, Folded, Job, JobFold
+from api.support.memory import MemoryDoor
 from api.support.payloads import StorePayloads
 from api.support.pictures import problem
 from api.support.sharing import pod_model
@@ -59,12 +61,15 @@ class SupportCore:
         max_expected: int = 4_000,
         failed: Callable[[BaseException], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
+        largest_card: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`largest_card` returns the memory of the cluster's largest GPU in bytes, 0 while none is known."""
         self.journal, self.store, self.queue = journal, store, queue
         self.methods, self.default_model = dict(methods), default_model
         self.clock = clock
         self._quotas = dict(quotas or {})
         self._files = files
+        self._memory = MemoryDoor(store.model, largest_card)
         self._max_live, self._max_expected = max_live, max_expected
         self.board = Board()
         self.fold = JobFold(store.live_jobs(), store.job_by_task, (journal.epoch << 32) + 1)
@@ -210,6 +215,7 @@ class SupportCore:
             find_model=self.store.model,
         )
         self._look_at_pictures(request.job)
+        request = self._look_at_memory(request)
         quota = self._quotas.get(tenant, 0)
         if quota and self.store.quota_reserved(tenant) + len(self._posted) >= quota:
             raise MessageRefused(
@@ -234,6 +240,17 @@ class SupportCore:
             return
         if wrong:
             raise MessageRefused("invalid", f"body.parameters.{wrong}", job.req_no, job.tenant, job.header)
+
+    def _look_at_memory(self, request: Request) -> Request:
+        """Refuse what no GPU here can ever hold; what can be run goes on with what predictions know its model by."""
+        job, spec = request.job, request.spec
+        if spec is None or job.method not in (TRAINING_METHOD, GENERATES):
+            return request
+        wrong = self._memory.problem(job.model, job.parameters)
+        if wrong:
+            raise MessageRefused("invalid", f"body.parameters.{wrong}", job.req_no, job.tenant, job.header)
+        features = tuple(sorted({**dict(spec.features), **dict(self._memory.features(job.model))}.items()))
+        return replace(request, spec=replace(spec, features=features))
 
     def _give(self, request: Request) -> None:
         job = request.job

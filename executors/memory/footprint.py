@@ -32,6 +32,7 @@ AUTOENCODER = 6.0
 TINY_AUTOENCODER = 2.1
 TILE_PX = 512
 """Side of the tiles in which large pictures are decoded."""
+_FAMILIES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
 STEPPED = frozenset({"unet", "transformer"})
 
 
@@ -64,6 +65,8 @@ class Footprint:
     """The autoencoder is computed in single precision where the rest is in half."""
     tiles: bool = True
     """The autoencoder can decode in tiles."""
+    family: str = ""
+    """As the predictors call it: ``sd15``, ``sdxl``; empty for others."""
 
     @cached_property
     def stepped(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ class Footprint:
 def read_footprint(folder: Path) -> Footprint:
     """Return what the pipeline in a diffusers directory needs; raises FootprintUnknown."""
     index = _json(folder / "model_index.json")
+    kind_of_pipeline = str(index.get("_class_name", ""))
     parts: dict[str, PartWeights] = {}
     for name, kind in index.items():
         if name.startswith("_") or not isinstance(kind, list) or kind[0] is None:
@@ -110,7 +114,8 @@ def read_footprint(folder: Path) -> Footprint:
         step_elements=_step_elements(_json(folder / step / "config.json")),
         decode_elements=_decode_elements(vae, tiny),
         factor=2 ** (len(vae["num_decoder_blocks"] if tiny else vae["block_out_channels"]) - 1),
-        upcasts=bool(vae.get("force_upcast", not tiny)) and "XL" in str(index.get("_class_name", "")),
+        upcasts=bool(vae.get("force_upcast", not tiny)) and "XL" in kind_of_pipeline,
+        family=_FAMILIES.get(kind_of_pipeline, ""),
     )
 
 

@@ -126,9 +126,9 @@ class MemoryPlan:
 
 def too_large(footprint: Footprint, item_bytes: int, width: int, height: int, largest_bytes: int, model: str) -> str:
     """Return why a picture can never be made on the largest card there is; empty when it can."""
-    plan = MemoryPlan(footprint, item_bytes, largest_bytes)
     # At the door nothing is refused for a margin: what just might fit is for the Pod to try.
-    least = int(plan.least_bytes(width, height) / MARGIN)
+    plan = MemoryPlan(footprint, item_bytes, largest_bytes, {"step": 1.0, "decode": 1.0})
+    least = plan.least_bytes(width, height)
     if least <= largest_bytes:
         return ""
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_folders import VAE, model_dir, write_safetensors
 
 from executors.memory.footprint import (
     Footprint,
@@ -45,14 +45,6 @@ SDXL_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "sample_size": 512,
-}
 SD3_TRANSFORMER = {
     "sample_size": 128,
     "patch_size": 2,
@@ -73,47 +65,22 @@ SD15_PARTS = {
 }
 
 
-def write_safetensors(file: Path, **tensors: tuple[str, tuple[int, ...]]) -> None:
-    """Write a file whose header names these tensors; their bytes are not there, nobody reads them."""
-    header = json.dumps({n: {"dtype": d, "shape": s, "data_offsets": [0, 0]} for n, (d, s) in tensors.items()}).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(struct.pack("<Q", len(header)) + header)
-
-
-def model_dir(root: Path, kind: str, unet: dict[str, Any], vae: dict[str, Any]) -> Path:
-    """Make a directory in diffusers' format with headers only."""
-    step = "transformer" if "patch_size" in unet else "unet"
-    index = {
-        "_class_name": kind,
-        step: ["diffusers", "X"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["d", "X"],
-    }
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "model_index.json").write_text(json.dumps(index))
-    write_safetensors(root / step / "diffusion_pytorch_model.safetensors", w=("F16", (10, 10)))
-    write_safetensors(root / "vae" / "diffusion_pytorch_model.safetensors", w=("F32", (5,)), ids=("I64", (3,)))
-    (root / step / "config.json").write_text(json.dumps(unet))
-    (root / "vae" / "config.json").write_text(json.dumps(vae))
-    return root
-
-
 @pytest.fixture
 def sd15(tmp_path: Path) -> Footprint:
-    read = read_footprint(model_dir(tmp_path / "sd15", "StableDiffusionPipeline", SD15_UNET, VAE))
+    read = read_footprint(model_dir(tmp_path / "sd15", "StableDiffusionPipeline", SD15_UNET))
     return Footprint(SD15_PARTS, read.step_elements, read.decode_elements, read.factor)
 
 
 @pytest.fixture
 def sdxl(tmp_path: Path) -> Footprint:
-    return read_footprint(model_dir(tmp_path / "sdxl", "StableDiffusionXLPipeline", SDXL_UNET, VAE))
+    return read_footprint(model_dir(tmp_path / "sdxl", "StableDiffusionXLPipeline", SDXL_UNET))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_counted_exactly_from_the_headers(tmp_path: Path) -> None:
-    read = read_footprint(model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET, VAE))
+    read = read_footprint(model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET))
     assert read.parts == {"unet": PartWeights(100), "vae": PartWeights(5, 24)}
     assert read.weights_bytes(2) == 100 * 2 + 5 * 2 + 24
     assert read.weights_bytes(4, ("vae",)) == 5 * 4 + 24
@@ -170,7 +137,7 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path, content: bytes) 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "vae/config.json"])
 def test_a_directory_that_tells_too_little_says_what_is_missing(tmp_path: Path, missing: str) -> None:
-    folder = model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET, VAE)
+    folder = model_dir(tmp_path, "StableDiffusionPipeline", SD15_UNET)
     (folder / missing).unlink()
     with pytest.raises(FootprintUnknown, match=missing.replace(".", r"\.")):
         read_footprint(folder)
@@ -217,7 +184,7 @@ def test_a_step_of_sd3_takes_what_is_planned(tmp_path: Path) -> None:
     from diffusers import SD3Transformer2DModel
     from fake_tracing import peak_bytes
 
-    read = read_footprint(model_dir(tmp_path, "StableDiffusion3Pipeline", SD3_TRANSFORMER, VAE))
+    read = read_footprint(model_dir(tmp_path, "StableDiffusion3Pipeline", SD3_TRANSFORMER))
 
     def call(transformer: Any) -> None:
         transformer(
