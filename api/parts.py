@@ -201,7 +201,7 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
         disk_bytes=resources.disk_bytes,
         network_bps=resources.network_bps,
         die_with_parent=die_with_parent,
-        prefetch=host.models.prefetch,
+        models=host.stock,
     )
     serve(options, plugin, host)
 

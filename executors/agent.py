@@ -15,17 +15,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import zmq
 
 from engine.protocol import messages as m
 from engine.protocol.agent import AgentMachine, Effect, KillPods, Life
-from engine.resources import GpuSpec, NodeSpec
+from engine.resources import GpuSpec, NodeSpec, ResidentModel
 from engine.tasks import NEVER, FailureCause, Micros
 from executors import ports, wire
 from executors.agent_items import item_of, pod_order, progress_of, tail
@@ -35,6 +34,8 @@ from executors.spool import Spool
 log = logging.getLogger(__name__)
 
 USE_EVERY_S = 5.0
+STOCK_EVERY_S = 60.0
+"""How often the models of a node are told though they did not change."""
 _READ_AT_ONCE = 512
 _PR_SET_PDEATHSIG = 1
 
@@ -59,8 +60,8 @@ class AgentOptions:
     leave_within_s: float = 3600.0
     """After a SIGTERM, running attempts may go on for so long; then their Pods are killed."""
     die_with_parent: bool = False
-    prefetch: Callable[[Mapping[str, Any]], None] | None = None
-    """Brings a resolved model to the local cache; called in a thread."""
+    models: ports.ModelStock | None = None
+    """Takes the orders about models, and says which are here."""
 
 
 @dataclass(slots=True)
@@ -278,8 +279,11 @@ class NodeAgent:
             case m.DeletePod():
                 self._host.delete(effect.pod, effect.grace_us)
             case m.Prefetch():
-                if self._options.prefetch is not None:
-                    threading.Thread(target=self._prefetch, args=(effect.model,), daemon=True).start()
+                if self._options.models is not None:
+                    self._options.models.bring(effect.model)
+            case m.Release():
+                if self._options.models is not None:
+                    self._options.models.release(effect.model, effect.drop)
             case KillPods():
                 log.error("killing every Pod: %s", effect.reason)
                 self._kill_pods()
@@ -287,13 +291,6 @@ class NodeAgent:
     def _kill_pods(self) -> None:
         for pod in list(self._host.pods()):
             self._host.delete(pod, 0)
-
-    def _prefetch(self, model: Mapping[str, Any]) -> None:
-        try:
-            if self._options.prefetch is not None:
-                self._options.prefetch(model)
-        except Exception:
-            log.exception("a model could not be prefetched")
 
     # --- reports ------------------------------------------------------------------------------------------------------------
 
@@ -314,6 +311,7 @@ class NodeAgent:
         """Hand over what the plugin sees: at once when devices came, went or changed, their use every few seconds."""
         known: Sequence[GpuSpec] = self.machine.node.gpus
         use_due = time.monotonic()
+        stock = _StockNews(self._options.models)
         while not self._seen.stop.wait(self._options.device_poll_s):
             try:
                 gpus = self._plugin.devices()
@@ -328,6 +326,7 @@ class NodeAgent:
                 gpus,
                 tuple(sorted((u.uuid, u.memory_used_bytes) for u in use)),
                 tuple(sorted((u.uuid, u.busy_permille) for u in use)),
+                *stock.news(),
             )
             with self._seen.lock:
                 self._seen.devices = seen
@@ -375,6 +374,30 @@ class NodeAgent:
             os.fsync(file.fileno())
         scratch.replace(self._boot_file)
         self._saved_boot = boot
+
+
+class _StockNews:
+    """What a node's models are worth telling: at once when they changed, and now and then for a scheduler that has forgotten."""
+
+    def __init__(self, models: ports.ModelStock | None) -> None:
+        self._models = models
+        self._told: tuple[ResidentModel, ...] | None = None
+        self._tell_at = 0.0
+
+    def news(self) -> tuple[tuple[ResidentModel, ...] | None, tuple[tuple[str, int], ...]]:
+        """Return the models, None when there is nothing new, and the counts; a cache that cannot be read is not spoken of."""
+        if self._models is None:
+            return None, ()
+        try:
+            resident, counts = self._models.resident(), self._models.counts()
+        except Exception:
+            log.exception("the model caches could not be looked at")
+            return None, ()
+        now = time.monotonic()
+        if resident == self._told and now < self._tell_at:
+            return None, counts
+        self._told, self._tell_at = resident, now + STOCK_EVERY_S
+        return resident, counts
 
 
 def clock_us() -> Micros:

@@ -27,7 +27,6 @@ from executors.limits import Box, Limiter, PodLimits, ProcessLimits, open_limite
 from executors.pod_main import Key, PodSpec, log_tail
 from executors.pod_models import ModelCache
 from executors.pod_nursery import Nursery
-from executors.pod_prefetch import Prefetcher
 from executors.pod_watch import Patience, StepWatch
 from executors.pod_wire import Channel
 from executors.ports import (
@@ -42,6 +41,7 @@ from executors.ports import (
     PodReport,
     PodUp,
 )
+from executors.residency.stock import NodeStock
 
 LOAD_LIMIT_S = 900.0
 """A Pod that has not loaded its model by then is killed."""
@@ -143,7 +143,8 @@ class LocalPodHost:
         self._reports: list[PodReport] = []
         self._unremoved: list[Box] = []
         self._housekeeping_at = 0.0
-        self._prefetcher = Prefetcher(self.models)
+        self.stock = NodeStock(self.models)
+        """What lies on this node beside its Pods, and the orders about it."""
         for kind in warm:
             self._nursery(kind)
 
@@ -231,7 +232,7 @@ class LocalPodHost:
 
     def prefetch(self, model: Mapping[str, Any]) -> None:
         """Bring a model to this node ahead of need, in the background; failures are logged, the Pod that needs it will tell."""
-        self._prefetcher.add(model)
+        self.stock.bring(model)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class LocalPodHost:
 
     def close(self) -> None:
         """Kill every Pod's process group and wait for it; the work directory is free then."""
-        self._prefetcher.close()
+        self.stock.close()
         for nursery in self._nurseries.values():
             nursery.close()
         self._nurseries.clear()

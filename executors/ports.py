@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.resources import GpuSpec
+from engine.resources import GpuSpec, ResidentModel
 from engine.tasks import FailureCause
 
 # --- file store (DFS) -----------------------------------------------------------------------------------------------
@@ -79,6 +79,29 @@ class DevicePlugin(Protocol):
 
     def environment(self, uuids: Sequence[str]) -> Mapping[str, str]:
         """Return the environment that shows a process just these devices (CUDA_VISIBLE_DEVICES ...)."""
+        ...
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class ModelStock(Protocol):
+    """The models of the node, beside its Pods; no call waits for a download."""
+
+    def bring(self, model: Mapping[str, Any]) -> None:
+        """Fetch a resolved model some time soon, and keep it where its ``"pin"`` is true."""
+        ...
+
+    def release(self, model_id: str, drop: bool = False) -> None:
+        """Let a model be evicted; with `drop` its files go at once unless somebody uses them."""
+        ...
+
+    def resident(self) -> tuple[ResidentModel, ...]:
+        """Return the models that are here, those that matter most first; may read the disk."""
+        ...
+
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """Return what happened to the caches so far, by name."""
         ...
 
 

@@ -123,7 +123,8 @@ class Controller:
                 link = self._links.get(command.node)
                 if link is not None and link.stage is Stage.JOINED:
                     try:
-                        self._order(link, m.Prefetch(self._payloads.prefetch(command)))
+                        model = self._payloads.prefetch(command)
+                        self._order(link, m.Prefetch({**model, "pin": True} if command.pin else model))
                     except PayloadRefused:
                         pass
             case c.ReleaseModel():

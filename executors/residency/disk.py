@@ -157,12 +157,26 @@ class DiskTier:
     # --- fetching ---------------------------------------------------------------------------------------------------------
 
     def _fetched(self, key: str, model_id: str, files: Mapping[str, str], *, hold: bool, ahead: bool) -> bool:
-        """Fetch and hold; False when somebody removed the model while the lock was exchanged for one that may be shared."""
-        lock = self._locked(key)
+        """Fetch and hold; False when somebody removed the model in between.
+
+        A lock that may be shared is enough for what is here: others that use the model keep theirs for as long as they live.
+        Only who fetches has the lock alone, and those who want the same model wait for that.
+        """
+        lock = self._open_lock(key)
         held = False
         try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not self._is_here(key):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self._is_current(key, lock):
+                return False
             if not self._use(key, model_id):
-                self._bring(key, model_id, files, ahead=ahead)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._is_current(key, lock):
+                    return False
+                if not self._is_here(key):
+                    self._clear(key)
+                    self._bring(key, model_id, files, ahead=ahead)
             if hold:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if not self._is_current(key, lock) or not (self.root / key).is_dir():
@@ -174,19 +188,27 @@ class DiskTier:
                 lock.close()
         return True
 
+    def _is_here(self, key: str) -> bool:
+        directory = self.root / key
+        return directory.is_dir() and self._read().is_whole(key, directory)
+
     def _use(self, key: str, model_id: str) -> bool:
         """Note a use of what is here and whole; False when it is to be fetched. The key's lock is held."""
         with self._session() as shelf:
-            if not shelf.is_whole(key, self.root / key):
-                shelf.ledger.drop(key)
-                shelf.forget(key)
-                shutil.rmtree(self.root / key, ignore_errors=True)
-            shelf.ledger.use(key)
-            if not (self.root / key).is_dir():
+            if not (self.root / key).is_dir() or not shelf.is_whole(key, self.root / key):
+                shelf.ledger.use("")  # A miss.
                 return False
+            shelf.ledger.use(key)
             shelf.name(key, model_id, MAX_IDS)
         os.utime(self.root / key)
         return True
+
+    def _clear(self, key: str) -> None:
+        """Remove what is not whole. The key's lock is held alone."""
+        with self._session() as shelf:
+            shelf.ledger.drop(key)
+            shelf.forget(key)
+            shutil.rmtree(self.root / key, ignore_errors=True)
 
     def _bring(self, key: str, model_id: str, files: Mapping[str, str], *, ahead: bool) -> None:
         """Fetch what is absent. The key's lock is held, so this happens once; the room is taken before the first byte comes."""
@@ -304,16 +326,8 @@ class DiskTier:
     def _open_lock(self, key: str) -> IO[bytes]:
         return (self.root / f"{key}{_LOCK}").open("ab")
 
-    def _locked(self, key: str) -> IO[bytes]:
-        """Return the key's lock, held by this open file alone; it may have been removed while it was waited for."""
-        while True:
-            lock = self._open_lock(key)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._is_current(key, lock):
-                return lock
-            lock.close()
-
     def _is_current(self, key: str, lock: IO[bytes]) -> bool:
+        """Tell whether a lock is still the key's own: it may have been removed with the model while it was waited for."""
         try:
             return os.path.samestat(os.fstat(lock.fileno()), (self.root / f"{key}{_LOCK}").stat())
         except FileNotFoundError:

@@ -24,8 +24,8 @@ from executors.methods.parameters import ParameterError, validate
 from executors.pod_attempts import InputFileMissing, cause_of
 from executors.pod_main import PodSpec, log_tail
 from executors.pod_models import BaseModelMissing, ModelCache
-from executors.pod_prefetch import Prefetcher
 from executors.pod_wire import Channel, Frames, encode
+from executors.residency.stock import NodeStock
 
 GENEROUS_S = 60.0
 
@@ -270,12 +270,13 @@ def test_a_fetch_that_was_cut_off_leaves_no_half_model(cache: ModelCache, store:
 def test_a_prefetch_runs_in_the_background_and_its_failure_is_logged(
     cache: ModelCache, store: ObjectFileStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prefetcher = Prefetcher(cache)
-    prefetcher.add({"id": "gone", "base": "gone"})
-    prefetcher.add({"id": "dog", "base": "sd15", "adapter": _adapter(store, "a")})
+    stock = NodeStock(cache)
+    stock.bring({"id": "gone", "base": "gone"})
+    stock.bring({"id": "dog", "base": "sd15", "adapter": _adapter(store, "a")})
     _wait_until(lambda: any(path.is_dir() for path in cache.cache_dir.glob("[0-9a-f]*")), "the model")
-    prefetcher.close()
-    assert "prefetch of model gone failed" in caplog.text
+    stock.close()
+    assert '"gone"' in caplog.text
+    assert "is not on this node" in caplog.text
 
 
 # --- names of failures ----------------------------------------------------------------------------------------------

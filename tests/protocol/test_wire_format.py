@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.protocol import messages as m
-from engine.resources import GpuSpec, NodeSpec
+from engine.resources import GpuSpec, NodeSpec, ResidentModel, Tier
 from executors import wire
 
 NODE = NodeSpec("n", (GpuSpec("u", "a100", 80 << 30),), 64_000, 1 << 40, extra=(("nic", 2),), labels=(("zone", "b"),))
@@ -38,6 +38,7 @@ SAMPLES: list[m.Message] = [
             m.PodUp(1, 2), m.PodDown(1, "crashed", "tail"), m.Started("r", 1), m.Done("r", 1, 0, "{}", 5, 6),
             m.Failed("r", 1, 0, "out_of_memory", "d", 7), m.Stopped("r", 1, 0, "cp"),
             m.Devices(NODE.gpus, (("u", 5),), (("u", 900),)),
+            m.Devices(NODE.gpus, (), (), (ResidentModel("m", Tier.MEMORY, 7, True), ResidentModel("n")), (("disk_hits", 3),)),
         ),
         3, 4,
     ),
