@@ -44,6 +44,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _profile(settings.scheduler.profile)
     yield from _devices(settings.agent.devices)
     yield from _models(settings.models_dir)
+    yield from _memory(settings)
     yield _gateway(settings)
 
 
@@ -133,6 +134,35 @@ def _models(directory: Path | None) -> Iterator[Finding]:
     yield Finding(
         "models", "ok" if found else "note", ", ".join(found) or f"{directory} holds no model in diffusers' format"
     )
+
+
+def _memory(settings: Settings) -> Iterator[Finding]:
+    """Say what each model would take of each kind of device here."""
+    try:
+        from executors.devices import open_plugin
+        from executors.memory.footprint import FootprintUnknown, read_footprint
+        from executors.memory.plan import Place, described
+        from executors.pod_models import BUILTIN_MODELS
+
+        cards = sorted(
+            {(device.model, device.memory_bytes) for device in open_plugin(settings.agent.devices).devices()}
+        )
+    except (ImportError, ValueError, OSError, RuntimeError):
+        return  # Said above.
+    folders = dict(BUILTIN_MODELS)
+    if settings.models_dir is not None:
+        found = sorted(settings.models_dir.rglob("model_index.json"))
+        folders |= {index.parent.relative_to(settings.models_dir).as_posix(): index.parent for index in found}
+    for name, folder in folders.items():
+        try:
+            footprint = read_footprint(folder)
+        except FootprintUnknown as error:
+            yield Finding("memory", "note", f"{name}: {error}")
+            continue
+        for model, room_bytes in cards:
+            place, said = described(footprint, 4 if model == "cpu" else 2, room_bytes)
+            verdict: Verdict = "fault" if place is Place.NOWHERE else "note" if place is Place.ASIDE else "ok"
+            yield Finding("memory", verdict, f"{name} on {model} ({room_bytes / GIB:.1f} GiB): {said}")
 
 
 def _gateway(settings: Settings) -> Finding:

@@ -67,6 +67,8 @@ class Footprint:
     """The autoencoder can decode in tiles."""
     family: str = ""
     """As the predictors call it: ``sd15``, ``sdxl``; empty for others."""
+    native_px: int = 512
+    """Side of the pictures that the model was made for."""
 
     @cached_property
     def stepped(self) -> tuple[str, ...]:
@@ -109,13 +111,17 @@ def read_footprint(folder: Path) -> Footprint:
         raise FootprintUnknown(f"{folder}: no weights of a unet or transformer and a vae as safetensors; add them")
     vae = _json(folder / "vae" / "config.json")
     tiny = "num_decoder_blocks" in vae
+    network = _json(folder / step / "config.json")
+    factor = 2 ** (len(vae["num_decoder_blocks"] if tiny else vae["block_out_channels"]) - 1)
+    places = network.get("sample_size")
     return Footprint(
         parts=parts,
-        step_elements=_step_elements(_json(folder / step / "config.json")),
+        step_elements=_step_elements(network),
         decode_elements=_decode_elements(vae, tiny),
-        factor=2 ** (len(vae["num_decoder_blocks"] if tiny else vae["block_out_channels"]) - 1),
+        factor=factor,
         upcasts=bool(vae.get("force_upcast", not tiny)) and "XL" in kind_of_pipeline,
         family=_FAMILIES.get(kind_of_pipeline, ""),
+        native_px=places * factor if isinstance(places, int) and places > 0 else 512,
     )
 
 

@@ -135,3 +135,28 @@ def too_large(footprint: Footprint, item_bytes: int, width: int, height: int, la
         f"pictures of {width}x{height} from {model} need at least {least / GIB:.1f} GiB of GPU memory, the largest GPU here has "
         f"{largest_bytes / GIB:.1f} GiB; ask for a smaller picture"
     )
+
+
+def described(footprint: Footprint, item_bytes: int, room_bytes: int) -> tuple[Place, str]:
+    """Say in a line what a model needs on a device of that size, and what is decided for its own size and twice that."""
+    plan, own = MemoryPlan(footprint, item_bytes, room_bytes), footprint.native_px
+    place = plan.place(own, own)
+    weights = footprint.weights_bytes(item_bytes) / GIB
+    if place is Place.NOWHERE:
+        return place, f"weights {weights:.2f} GiB; one picture needs {plan.least_bytes(own, own) / GIB:.2f} GiB"
+    said = [f"weights {weights:.2f} GiB"]
+    if place is Place.ASIDE:
+        said.append("text encoders and autoencoder lie in host memory")
+    for side in (own, 2 * own):
+        size = plan.size(side, side, place=place)
+        said.append(f"{side} px: {_said(size)}")
+    return place, "; ".join(said)
+
+
+def _said(size: SizePlan) -> str:
+    if not size.possible:
+        return "too large"
+    many = "any number" if size.at_once >= MANY else str(size.at_once)
+    return f"{many} in a step, " + (
+        "decoded in tiles" if size.tiled else f"{min(size.decoded_at_once, MANY)} decoded at once"
+    )

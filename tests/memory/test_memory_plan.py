@@ -19,7 +19,7 @@ from executors.memory.footprint import (
     read_header,
     weight_files,
 )
-from executors.memory.plan import GIB, MARGIN, MemoryPlan, Place, SizePlan, too_large
+from executors.memory.plan import GIB, MARGIN, MemoryPlan, Place, SizePlan, described, too_large
 from executors.pod_models import BUILTIN_MODELS
 
 SD15_UNET = {
@@ -341,6 +341,19 @@ def test_what_can_never_be_made_is_told_with_the_remedy(sd15: Footprint) -> None
     said = too_large(sd15, 2, 16384, 16384, 8 * GIB, "sd15")
     assert said.startswith("pictures of 16384x16384 from sd15 need at least ")
     assert said.endswith("the largest GPU here has 8.0 GiB; ask for a smaller picture")
+
+
+def test_a_plan_can_be_told_in_a_line(sd15: Footprint) -> None:
+    place, said = described(sd15, 2, 24 * GIB)
+    assert place is Place.DEVICE
+    assert said.startswith("weights 1.99 GiB; 512 px: ")
+    assert "in a step" in said
+    assert "1024 px: " in said
+    place, said = described(sd15, 2, sd15.weights_bytes(2) + GIB // 4)
+    assert place is Place.ASIDE
+    assert "text encoders and autoencoder lie in host memory" in said
+    place, said = described(sd15, 2, GIB)
+    assert (place, "one picture needs" in said) == (Place.NOWHERE, True)
 
 
 def test_what_was_published_of_sd_1_4_lies_within_the_margin(sd15: Footprint) -> None:
