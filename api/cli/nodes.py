@@ -1,4 +1,4 @@
-"""`aigc nodes`: list, drain, uncordon."""
+"""`aigc nodes`: list, show, drain, uncordon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from api.cli.client import GatewayClient
 from api.cli.options import DEFAULT_STATE, Json, Key, State, Url
 from api.cli.output import err, print_json, print_rows
 
-app = typer.Typer(no_args_is_help=True, help="Nodes: list, drain, uncordon (operators).")
+app = typer.Typer(no_args_is_help=True, help="Nodes: list, show, drain, uncordon (operators).")
 Node = Annotated[str, typer.Argument(help="Name of the node.")]
 Gpu = Annotated[str, typer.Option(help="Only this GPU of the node, by UUID.")]
 
@@ -22,6 +22,26 @@ def list_nodes(url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, a
     nodes: list[dict[str, Any]] = answer["data"]
     rows = nodes if as_json else [{**node, "gpus": _gpus(node), "pods": _pods(node)} for node in nodes]
     print_rows(rows, ("name", "state", "gpus", "pods"), as_json)
+
+
+@app.command()
+def show(node: Node, url: Url = "", key: Key = "", state_dir: State = DEFAULT_STATE, as_json: Json = False) -> None:
+    """Show a node's GPUs and Pods, and which models lie on its disk and in its memory."""
+    answer = GatewayClient(url, key, state_dir).request("GET", "/v1/nodes")
+    found = next((each for each in answer["data"] if each["name"] == node), None)
+    if found is None:
+        names = ", ".join(str(each["name"]) for each in answer["data"][:20]) or "none"
+        raise typer.BadParameter(f"{node[:80]!r} is no node of this platform; there are {names}", param_hint="NODE")
+    if as_json:
+        print_json(found)
+        return
+    print_rows([{**found, "gpus": _gpus(found), "pods": _pods(found)}], ("name", "state", "gpus", "pods"), False)
+    models = [
+        {**each, "size": _size(each), "pinned": "yes" if each.get("pinned") else ""} for each in found.get("models", ())
+    ]
+    print_rows(models, ("model", "tier", "size", "pinned"), False)
+    for tier, figures in sorted(found.get("caches", {}).items()):
+        err.print(f"{tier}: {', '.join(f'{name} {value}' for name, value in figures.items())}", markup=False)
 
 
 @app.command()
@@ -52,6 +72,10 @@ def _gpus(node: dict[str, Any]) -> str:
     gpus = node.get("gpus") or []
     models = sorted({str(gpu.get("model")) for gpu in gpus})
     return f"{len(gpus)} x {'/'.join(models)}" if gpus else "none"
+
+
+def _size(model: dict[str, Any]) -> str:
+    return f"{int(model.get('size_bytes') or 0) / 2**20:,.1f} MiB"
 
 
 def _pods(node: dict[str, Any]) -> str:

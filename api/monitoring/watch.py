@@ -64,6 +64,12 @@ class Watch:
                 ("aigc_gpu_share_free_ratio", "Share of a GPU that no Pod holds.", "share_free", 0.001),
             )
         ]
+        self.caches = Gauge(
+            "aigc_node_cache",
+            "Model caches of a node: models, bytes, hits, misses, evictions ... of each tier.",
+            ("node", "tier", "figure"),
+            registry=registry,
+        )
         self.pods = Gauge("aigc_pods", "Pods by method and state.", ("method", "state"), registry=registry)
         self.queue = Gauge("aigc_queue", "Figures of queue and engine, by name.", ("name",), registry=registry)
         self.alerting = Gauge(
@@ -152,7 +158,7 @@ class Watch:
             self.alerting.labels(alert.kind, alert.severity).inc()
 
     def _show_nodes(self, nodes: Sequence[Mapping[str, Any]]) -> None:
-        for shown in (self.nodes, self.gpus, self.pods, *(gauge for gauge, _, _ in self._gpu_gauges)):
+        for shown in (self.nodes, self.gpus, self.pods, self.caches, *(gauge for gauge, _, _ in self._gpu_gauges)):
             shown.clear()
         for node in nodes:
             name = str(node.get("name", ""))
@@ -163,6 +169,9 @@ class Watch:
                 for gauge, field, unit in self._gpu_gauges:
                     if field in gpu:
                         gauge.labels(name, uuid).set(_number(gpu, field) * unit)
+            for tier, figures in dict(node.get("caches") or {}).items():
+                for figure, value in figures.items():
+                    self.caches.labels(name, tier, figure).set(value)
             for pod in node.get("pods") or ():
                 if isinstance(pod, Mapping):
                     self.pods.labels(str(pod.get("method", "")), str(pod.get("state", ""))).inc()

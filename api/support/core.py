@@ -29,6 +29,7 @@ from api.support.memory import MemoryDoor
 from api.support.payloads import StorePayloads
 from api.support.pictures import problem
 from api.support.sharing import pod_model
+from api.support.stocks import Stocks
 from api.support.store import Store
 from api.support.threads import IntakeThread, MailThread
 from engine.commands import Command
@@ -80,6 +81,7 @@ class SupportCore:
         """Requests given to the engine and not durable yet: task id and newest delivery of each message, by (tenant, reqNo)."""
         self._names: dict[str, tuple[str, str]] = {}
         """The same requests by task id."""
+        self.stocks = Stocks()
         self.use: dict[str, dict[str, tuple[int, int]]] = {}
         """Memory used and busy thousandths of each GPU, by node, as reported last."""
         self._folded = Folded()
@@ -150,6 +152,7 @@ class SupportCore:
             if isinstance(event, NodeReported) and (event.gpu_memory_used or event.gpu_busy_permille):
                 busy = dict(event.gpu_busy_permille)
                 self.use[event.node] = {uuid: (used, busy.get(uuid, 0)) for uuid, used in event.gpu_memory_used}
+        self.stocks.note(events)
         self._folded = self.fold.fold(now, events, commands)
         if not self._folded.empty:
             self.store.write_folded(db, self._folded)

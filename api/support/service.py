@@ -302,8 +302,8 @@ class SupportService:
 
     async def nodes(self) -> Sequence[Mapping[str, Any]]:
         """Return every node with its GPUs, use, Pods and state."""
-        heard, use = self._heard(), self._core.use
-        return await self._loop.ask(lambda engine: views.nodes_view(engine.state, heard, use))
+        heard, use, stocks = self._heard(), self._core.use, self._core.stocks.view()
+        return await self._loop.ask(lambda engine: views.nodes_view(engine.state, heard, use, stocks))
 
     async def drain(self, node: str, gpu: str | None = None) -> None:
         """Start nothing new there."""

@@ -98,8 +98,16 @@ def blockers_view(blockers: Sequence[Blocker]) -> list[dict[str, Any]]:
     return shown
 
 
-def nodes_view(state: State, heard: Mapping[str, float], use: Mapping[str, Mapping[str, Use]]) -> list[dict[str, Any]]:
-    """Return every node with its GPUs, use, Pods and state; `heard` in Unix seconds, `use` by node and GPU."""
+def nodes_view(
+    state: State,
+    heard: Mapping[str, float],
+    use: Mapping[str, Mapping[str, Use]],
+    stocks: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return every node with its GPUs, use, Pods, models and state.
+
+    `heard` is in Unix seconds, `use` by node and GPU, `stocks` what `Stocks.view` returns.
+    """
     return [
         {
             "name": node.name,
@@ -136,6 +144,7 @@ def nodes_view(state: State, heard: Mapping[str, float], use: Mapping[str, Mappi
                 }
                 for pod in node.pods.values()
             ],
+            **stocks.get(node.name, {}),
         }
         for node in state.cluster.nodes
     ]
