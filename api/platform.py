@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from api.elastic import local_fleet
 from api.parts import authorize_agent, ensure_operator_key
 from api.settings import Settings
 from api.state_dir import StateDir
@@ -71,6 +72,9 @@ def local_platform(
         "AIGC_SCHEDULER__INTERNAL_PORT": str(settings.scheduler.internal_port),
         "PYTHONUNBUFFERED": "1",
     }
+    if settings.fleet.nodes_max:
+        for field, value in settings.fleet.model_dump().items():
+            environment[f"AIGC_FLEET__{field.upper()}"] = str(value)
     if config is not None:
         environment["AIGC_CONFIG"] = str(config.resolve())
     internal = (settings.scheduler.internal_host, settings.scheduler.internal_port)
@@ -103,7 +107,7 @@ def local_platform(
                 ready=partial(_joined, settings, plan.name),
             )
         )
-    return Supervisor(parts, say), settings
+    return Supervisor(parts, say, local_fleet(settings, connect, environment, say)), settings
 
 
 def _check_free(field: str, host: str, port: int) -> None:

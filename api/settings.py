@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 GIB = 1 << 30
@@ -83,6 +83,35 @@ class AgentSection(_Section):
     """``auto``, ``nvml``, ``cpu:N`` or ``file:PATH`` (a JSON inventory)."""
 
 
+class FleetSection(_Section):
+    """Nodes that come and go with the demand: agents that `aigc up` starts and stops on this machine."""
+
+    nodes_max: int = Field(0, ge=0, le=1000)
+    """Most nodes; 0: there is no fleet, and `aigc up` runs one agent."""
+    nodes_min: int = Field(1, ge=0, le=1000)
+    """Fewest nodes."""
+    gpus: int = Field(1, ge=1)
+    """GPUs (or CPU slots) of one node."""
+    devices: str = "cpu:1"
+    """Devices of each node: ``cpu:N`` or ``file:PATH``; nodes on one machine must not offer the same GPUs twice."""
+    start_s: float = Field(15.0, ge=0, le=86_400)
+    """How long a node takes to join, usually: the forecast looks so far ahead."""
+    cool_down_s: float = Field(300.0, ge=0, le=86_400)
+    """How long less must have been in use before nodes go."""
+    price_per_hour: float = Field(0.0, ge=0)
+    """Of one node; for reports."""
+    prefix: str = Field("elastic-", pattern="^[a-z][a-z0-9-]*$")
+    """Its nodes' names: this and a number."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> FleetSection:
+        if self.nodes_max and self.nodes_min > self.nodes_max:
+            raise ValueError(f"nodes_min ({self.nodes_min}) must not be above nodes_max ({self.nodes_max})")
+        if self.nodes_max and not self.devices.startswith(("cpu:", "file:")):
+            raise ValueError(f"devices: {self.devices!r} would be offered by every node; use cpu:N or file:PATH")
+        return self
+
+
 class MethodSection(_Section):
     """What a Pod of one AI method asks for by default."""
 
@@ -149,6 +178,7 @@ class Settings(BaseSettings):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
     agent: AgentSection = Field(default_factory=AgentSection)
+    fleet: FleetSection = Field(default_factory=FleetSection)
     methods: dict[str, MethodSection] = Field(default_factory=_default_methods)
     tenants: dict[str, TenantSection] = Field(default_factory=dict)
 

@@ -58,6 +58,11 @@ class StateDir:
         """The gateway's base URL while it runs."""
         return self.root / "url"
 
+    @property
+    def fleet(self) -> Path:
+        """How many nodes the scheduler wants, for `aigc up`."""
+        return self.root / "fleet.json"
+
     def lock(self, name: str) -> Path:
         """Return the lock file of one kind of process."""
         return self.root / f"{name}.lock"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 RESTART_DELAYS_S = (0.2, 1.0, 3.0, 10.0)
 HEALTHY_AFTER_S = 30.0
@@ -74,11 +75,24 @@ class PartFailed(RuntimeError):
     """A part did not come up; the message carries the tail of its log."""
 
 
+class Fleet(Protocol):
+    """Parts that come and go by themselves (`api.elastic`)."""
+
+    def check(self) -> None:
+        """Start and stop what is lacking or too much."""
+        ...
+
+    def close(self) -> None:
+        """Stop everything."""
+        ...
+
+
 class Supervisor:
     """Starts parts in order, restarts those that fall, stops them in the reverse order."""
 
-    def __init__(self, parts: Sequence[Part], say: Callable[[str], None]) -> None:
+    def __init__(self, parts: Sequence[Part], say: Callable[[str], None], fleet: Fleet | None = None) -> None:
         self._parts = list(parts)
+        self.fleet = fleet
         self._say = say
         self._stopping = threading.Event()
 
@@ -109,6 +123,8 @@ class Supervisor:
     def check(self) -> None:
         """Look at every part once and restart those that fell, with growing delays."""
         now = time.monotonic()
+        if self.fleet is not None:
+            self.fleet.check()
         for part in self._parts:
             if part.alive():
                 if part.falls and now - part.started_at > HEALTHY_AFTER_S:
@@ -127,6 +143,8 @@ class Supervisor:
     def stop(self, grace_s: float = 15.0) -> None:
         """Stop every part, the last started first."""
         self._stopping.set()
+        if self.fleet is not None:
+            self.fleet.close()
         for part in reversed(self._parts):
             part.stop(grace_s)
             self._say(f"{part.name} stopped")

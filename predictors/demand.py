@@ -45,7 +45,7 @@ class Demand:
 
 
 @dataclass(slots=True)
-class _Promise:
+class Promise:
     """One forecast of all series, until it is judged."""
 
     bin: int
@@ -80,7 +80,7 @@ class DemandModel:
         """[series, bins]: run time of what arrived, by arrival; expected until it is known."""
         self.rates: Floats = np.zeros((most_series, 2))
         """[series, (run time in us, tasks)], decayed."""
-        self.promises: list[deque[_Promise]] = [deque() for _ in HORIZONS]
+        self.promises: list[deque[Promise]] = [deque() for _ in HORIZONS]
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class DemandModel:
         tasks = np.where(own, self.rates[:, 1], max(1.0, float(self.rates[0, 1])))
         work = arrivals * rates / tasks / SECOND
         quantiles = self.arrivals[place].quantiles(arrivals, active), self.work[place].quantiles(work, active)
-        self.promises[place].append(_Promise(history.bin, drawn, point, arrivals, work, active, *quantiles))
+        self.promises[place].append(Promise(history.bin, drawn, point, arrivals, work, active, *quantiles))
 
     def _window(self, now: int, bins: int) -> tuple[int, int]:
         return (now, now + bins) if self.totals else (now + bins - 1, now + bins)

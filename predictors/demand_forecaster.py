@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from engine.capacity import CapacityChecked, DemandForecast, ModelDemand
 from engine.events import Event, TaskFinished, TaskSubmitted
+from engine.journal import Record
 from engine.ports import Forecaster
 from engine.resources import Demand as PodDemand
 from engine.tasks import SECOND, Micros, TaskSpec
-from predictors.demand import ALL, HORIZONS_US, LEVELS, Demand, DemandModel
+from predictors.demand import ALL, BIN_US, HORIZONS_US, LEVELS, Demand, DemandModel
 
 _MODELS = 64
 """Models that a forecast names, those that expect most."""
@@ -82,6 +83,20 @@ class DemandForecaster:
             self._next_check = now + self.check_us
             more.append(CapacityChecked())
         return [*stamped, *more] if more else stamped
+
+    def recall(self, records: Sequence[Record]) -> None:
+        """Learn from recorded steps later than what the model has seen."""
+        history = self.model.history
+        known = 0 if history is None else history.bin * BIN_US
+        for record in records:
+            if record.now + self.offset_us < known:
+                continue
+            self.model.advance(record.now + self.offset_us)
+            for event in record.events:
+                if isinstance(event, TaskSubmitted):
+                    self._submitted(record.now, event)
+                elif isinstance(event, TaskFinished) and event.rank == 0:
+                    self._finished(event)
 
     def forecast(self) -> DemandForecast | None:
         """Return what is expected to arrive from the last closed bin on; None before anything is known."""

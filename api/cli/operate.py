@@ -14,7 +14,7 @@ import typer
 
 from api.cli.options import Config, Json, StateDir
 from api.cli.output import Exit, err, fail, out, print_json, print_rows
-from api.settings import AgentSection, Settings, load_settings
+from api.settings import AgentSection, FleetSection, Settings, load_settings
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of customers and operators, CURVE keys of agents.")
 
@@ -23,6 +23,9 @@ def up(
     config: Config = None,
     state_dir: StateDir = None,
     devices: Annotated[str | None, typer.Option(help="auto, nvml, cpu:N or file:PATH.")] = None,
+    elastic: Annotated[
+        str | None, typer.Option(help="MIN:MAX nodes that come and go with the demand, such as 1:4.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any free one.")] = None,
     as_json: Json = False,
@@ -32,6 +35,8 @@ def up(
     Example: `aigc up --devices cpu:2`
     """
     settings = _settings(config, state_dir, devices)
+    if elastic is not None:
+        settings.fleet = _fleet(settings, elastic, devices)
     changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     if changes:
         settings.gateway = type(settings.gateway)(**{**settings.gateway.model_dump(), **changes})
@@ -44,12 +49,29 @@ def up(
         fail(str(error), Exit.USAGE)
 
 
+def _fleet(settings: Settings, bounds: str, devices: str | None) -> FleetSection:
+    """Return the fleet with the bounds of the command line."""
+    least, separator, most = bounds.partition(":")
+    if not (separator and least.isdecimal() and most.isdecimal() and int(most) > 0 and int(least) <= int(most)):
+        fail(f"--elastic: {bounds!r} is no MIN:MAX; use for example 1:4", Exit.USAGE)
+    values = {**settings.fleet.model_dump(), "nodes_min": int(least), "nodes_max": int(most)}
+    if devices is not None:
+        values["devices"] = devices
+        if devices.startswith("cpu:") and devices[4:].isdecimal():
+            values["gpus"] = max(1, int(devices[4:]))
+    try:
+        return FleetSection(**values)
+    except ValueError as error:
+        fail(f"--elastic: {error}", Exit.USAGE)
+
+
 def _run_until_told(settings: Settings, config: Path | None, as_json: bool) -> None:
     from api.platform import AgentPlan, local_platform
     from api.supervisor import PartFailed
 
     name = settings.agent.name or socket.gethostname()
-    supervisor, settings = local_platform(settings, [AgentPlan(name, settings.agent.devices)], _say, config)
+    agents = [] if settings.fleet.nodes_max else [AgentPlan(name, settings.agent.devices)]
+    supervisor, settings = local_platform(settings, agents, _say, config)
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -114,6 +136,9 @@ def agent(
     name: Annotated[str | None, typer.Option(help="Node name. [default: the host's name]")] = None,
     keys: Annotated[Path | None, typer.Option(help="Directory that `aigc keys agent` made for this node.")] = None,
     devices: Annotated[str | None, typer.Option(help="auto, nvml, cpu:N or file:PATH.")] = None,
+    die_with_parent: Annotated[
+        bool, typer.Option("--die-with-parent", hidden=True, help="End when the process that started this one does.")
+    ] = False,
     config: Config = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -133,7 +158,7 @@ def agent(
     from api.parts import run_agent
 
     try:
-        run_agent(settings, directory)
+        run_agent(settings, directory, die_with_parent=die_with_parent)
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error), Exit.USAGE)
 

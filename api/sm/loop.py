@@ -22,6 +22,7 @@ from engine.reasons import Reason
 from engine.scheduler import Engine
 from engine.state import State
 from engine.tasks import Micros, PodState, TaskState
+from predictors.demand_forecaster import DemandForecaster
 from predictors.forecaster import OnlineForecaster
 
 Observe = Callable[[Micros, Sequence[Event], Sequence[Command], float], None]
@@ -69,8 +70,10 @@ class SchedulerLoop:
         snapshot_every: int = 20_000,
         failed: Callable[[BaseException], None] = lambda _: None,
         longest_wait_us: Micros = 1_000_000,
+        demand: DemandForecaster | None = None,
     ) -> None:
         self._engine, self._world, self._journal, self._forecaster = engine, world, journal, forecaster
+        self._stamps: Forecaster = forecaster if demand is None else demand
         self._observe, self._save, self._look = observe, save, look
         self._snapshot_every = snapshot_every
         self._failed = failed
@@ -113,7 +116,7 @@ class SchedulerLoop:
 
     def _run(self) -> None:
         try:
-            for wakeup_at in drive(self._engine, self._world, self._record(), self._forecaster):
+            for wakeup_at in drive(self._engine, self._world, self._record(), self._stamps):
                 self._look()
                 self._answer()
                 if self._stopping:

@@ -22,12 +22,14 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from api import elastic
 from api.monitoring.fold import MetricsFold
 from api.monitoring.metrics import Metrics
 from api.mq.port import Queue
 from api.mq.sqlite import SqliteQueue
 from api.ports import SupportRefused
 from api.settings import Settings
+from api.sm.capacity import NO_FLEET, CapacityMetrics, advice_to, live_demand
 from api.sm.foresight import LiveForesight
 from api.sm.journal import JournalBroken, SqliteJournal
 from api.sm.loop import LiveWorld, SchedulerLoop, outstanding_of
@@ -40,6 +42,7 @@ from api.support.service import SupportService
 from api.support.store import Store
 from api.whatif_request import WhatIfRequest
 from engine import profiles
+from engine.capacity import FleetConfigured
 from engine.commands import Command
 from engine.events import Event, TenantConfigured
 from engine.journal import Record
@@ -55,6 +58,7 @@ from executors import curve
 from executors.dfs import open_store
 from executors.ports import FileStore
 from executors.zmq_world import ZmqWorld
+from predictors import demand_stored
 from predictors.challenger import InBackground
 from predictors.forecaster import DeclaredForecaster, OnlineForecaster
 from predictors.predictor import Predictor
@@ -96,6 +100,10 @@ class SchedulerConfig:
     default_model: str = "tiny"
     tenants: Sequence[TenantConfigured] = ()
     files: FileStore | None = None
+    fleet: FleetConfigured | None = None
+    """Nodes that can be had and given back; None: there are those that join."""
+    demand_file: Path | None = None
+    """Where the demand forecast is kept between two lives."""
     queue: Queue | None = None
     """The message queue; None: the embedded one in the state directory."""
     host: str = "127.0.0.1"
@@ -144,6 +152,9 @@ class Scheduler:
         self.metrics = _Metrics()
         self.figures = MetricsFold(self.metrics)
         self.forecaster = config.forecaster(records)
+        self.demand = live_demand(self.forecaster, config.profile, config.fleet, config.demand_file, records)
+        self.capacity = CapacityMetrics(self.metrics.registry)
+        self.capacity.begin(state.wanted_nodes, [node.name for node in state.cluster.nodes if node.up])
         self.foresight = LiveForesight(
             self.engine, self.forecaster, self.metrics.registry, config.state.root / "foresight.json"
         )
@@ -157,6 +168,7 @@ class Scheduler:
             look=self.foresight.look_if_due,
             snapshot_every=config.snapshot_every,
             failed=self._fail,
+            demand=self.demand,
         )
         self.support = SupportService(
             self.core,
@@ -181,6 +193,8 @@ class Scheduler:
             self.store.write_fixed_models(db, self.config.models)
         for tenant in self.config.tenants:
             self.world.post(tenant)
+        if self.config.fleet != self.engine.state.fleet.config:
+            self.world.post(self.config.fleet or NO_FLEET)
         self.loop.start()
         self.core.start(self.loop.post)
 
@@ -200,9 +214,12 @@ class Scheduler:
     def _observed(self, now: Micros, events: Sequence[Event], commands: Sequence[Command], duration_s: float) -> None:
         self.figures.step(now, events, commands, duration_s)
         self.foresight.step(now, events, commands)
+        self.capacity.step(events, commands)
 
     def _save_learned(self) -> None:
         self.foresight.save()
+        if self.config.demand_file is not None:
+            demand_stored.save(self.demand.model, self.config.demand_file)
         if self.config.forecaster_file is not None and isinstance(self.forecaster, OnlineForecaster):
             self.forecaster.save(self.config.forecaster_file)
 
@@ -306,6 +323,8 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
     state = StateDir(settings.state_dir)
     state.create()
 
+    fleet = elastic.configured(settings.fleet)
+
     def make_world(begin: WorldStart) -> LiveWorld:
         return ZmqWorld(
             section.bind,
@@ -317,6 +336,7 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
             restore=begin.restore,
             lease_us=section.lease_ms * 1000,
             heartbeat_us=section.heartbeat_ms * 1000,
+            on_advice=advice_to(elastic.FleetFile(state.fleet) if fleet is not None else None),
         )
 
     forecaster_file = settings.state_dir / "forecaster.json"
@@ -329,6 +349,8 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         methods=method_defaults(settings),
         forecaster=lambda records: make_forecaster(section.forecaster, records, forecaster_file),
         forecaster_file=forecaster_file,
+        demand_file=settings.state_dir / "demand.npz" if section.forecaster == "online" else None,
+        fleet=fleet,
         models=fixed_models(settings.models_dir),
         default_model=settings.default_model,
         tenants=[
