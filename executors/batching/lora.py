@@ -6,7 +6,6 @@ The base weights are never touched, so nothing is swapped, fused or undone, and 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from executors.batching import lora_files
 from executors.batching.requests import AdapterWeights
 from executors.methods import adapters
 from executors.methods.base import ModelMissing
@@ -26,8 +25,6 @@ from executors.methods.pipelines import LoadedPipeline
 SLOTS = 64
 """Different sets of adapters that stay written; more are made when one call needs more."""
 MAX_RANK = 512
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class PreparedAdapter:
     """An adapter that fits a bank's model, on its device."""
 
     name: str
-    pairs: Mapping[str, _Pair]
+    pairs: Mapping[str, lora_files.Pair]
 
     @property
     def size_bytes(self) -> int:
@@ -53,9 +50,11 @@ class AdapterBank:
             for name, module in whole.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         }
+        unet = getattr(loaded.pipe, "unet", None)
+        self._names = lora_files.LayerNames(self._layers, None if unet is None else unet.config)
         self._guard = threading.Lock()
         """Held while adapters come and go: other threads add them while calls are under way."""
-        self._pairs: dict[str, dict[str, _Pair]] = {}
+        self._pairs: dict[str, dict[str, lora_files.Pair]] = {}
         self._written: OrderedDict[AdapterWeights, int] = OrderedDict()
         self._rank = 0
         self._applied: tuple[int, ...] = ()
@@ -72,15 +71,15 @@ class AdapterBank:
         return sum(t.numel() * t.element_size() for pair in self._pairs[name].values() for t in pair)
 
     def add(self, name: str, source: Path) -> None:
-        """Read an adapter, a directory that a training left or a safetensors file with diffusers' names; raises ModelMissing."""
-        self.put(name, _read(source))
+        """Read an adapter, a directory that a training left or another tool's safetensors file; raises ModelMissing."""
+        self.insert(self.prepared(name, source))
 
     def prepared(self, name: str, source: Path) -> PreparedAdapter:
         """Read an adapter and bring it to the device without adding it; unlike all else here, any thread may call it.
 
         Raises ModelMissing like `add`.
         """
-        return PreparedAdapter(name, self._fitting(name, _read(source)))
+        return PreparedAdapter(name, self._fitting(name, *lora_files.read(source)))
 
     def insert(self, prepared: PreparedAdapter) -> None:
         """Add what `prepared` returned, in place of an adapter of its name; any thread may call it."""
@@ -89,23 +88,23 @@ class AdapterBank:
             self._pairs[prepared.name] = dict(prepared.pairs)
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take an adapter's tensors, ``<part>.<layer>.lora_A.weight`` and ``lora_B.weight``.
+        """Take an adapter's tensors, ``<part>.<layer>.lora_A.weight`` and ``lora_B.weight`` or as other tools name them.
 
         Raises ModelMissing with the reason when they do not fit the base model.
         """
-        self.insert(PreparedAdapter(name, self._fitting(name, tensors)))
+        self.insert(PreparedAdapter(name, self._fitting(name, tensors, {})))
 
-    def _fitting(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Pair]:
+    def _fitting(
+        self, name: str, tensors: Mapping[str, torch.Tensor], noted: Mapping[str, Any]
+    ) -> dict[str, lora_files.Pair]:
         """Return an adapter's pairs on the device; raises ModelMissing when they do not fit the base model."""
-        pairs = _paired(name, tensors)
-        for key, (down, up) in pairs.items():
-            layer = self._layers.get(key)
-            if layer is None:
-                raise ModelMissing(
-                    f"adapter {name}: its layer {key} is not in the base model; it belongs to another base"
-                )
-            layer.check(name, key, down, up)
-        return {key: self._layers[key].placed(pair) for key, pair in pairs.items()}
+        found: dict[str, lora_files.Pair] = {}
+        for key, given in lora_files.pairs(name, tensors, noted, self._names).items():
+            layer = self._layers[key]
+            pair = layer.shaped(given)
+            layer.check(name, key, *pair)
+            found[key] = layer.placed(pair)
+        return found
 
     def remove(self, name: str) -> None:
         """Forget an adapter; nothing when there is none of this name. Any thread may call it."""
@@ -202,7 +201,7 @@ class _Layer:
         self.active = False
         self.down: torch.Tensor | None = None
         self._up: torch.Tensor | None = None
-        self._selected: _Pair | None = None
+        self._selected: lora_files.Pair | None = None
 
     def check(self, name: str, key: str, down: torch.Tensor, up: torch.Tensor) -> None:
         """Raise ModelMissing when a pair does not fit this layer."""
@@ -220,7 +219,16 @@ class _Layer:
         if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise ModelMissing(f"adapter {name}: its layer {key} holds numbers that are not finite; train it again")
 
-    def placed(self, pair: _Pair) -> _Pair:
+    def shaped(self, pair: lora_files.Pair) -> lora_files.Pair:
+        """Give a pair this layer's number of axes: a matrix and a convolution of one place are the same."""
+        down, up = pair
+        if isinstance(self._module, torch.nn.Linear) and down.ndim == 4 and down[0, 0].numel() == 1:
+            return down.flatten(1), up.flatten(1)
+        if isinstance(self._module, torch.nn.Conv2d) and down.ndim == 2:
+            return down[:, :, None, None], up
+        return pair
+
+    def placed(self, pair: lora_files.Pair) -> lora_files.Pair:
         """Bring a pair to where the layer is, ``up`` as [out, rank]."""
         weight = self._module.weight
         down, up = (each.detach().to(weight.device, weight.dtype) for each in pair)
@@ -295,66 +303,3 @@ class _Layer:
         places = narrow.view(each, requests, rank, -1).permute(1, 2, 0, 3).reshape(requests, rank, -1)
         wide = torch.bmm(up, places).view(requests, -1, each, *size)
         return wide.transpose(1, 2).reshape(requests * each, -1, *size)
-
-
-def _read(source: Path) -> dict[str, torch.Tensor]:
-    file = source
-    if source.is_dir():
-        files = sorted(source.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ModelMissing(
-                f"adapter: {source} holds {len(files)} safetensors files instead of one; keep only the LoRA file"
-            )
-        file = files[0]
-        _check_facts(source)
-    try:
-        with safe_open(str(file), framework="pt", device="cpu") as opened:
-            _check_scale(file, opened.metadata() or {})
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
-    except (OSError, SafetensorError) as error:
-        raise ModelMissing(f"adapter: {file} cannot be read ({error}); train or upload it again") from error
-
-
-def _check_facts(folder: Path) -> None:
-    facts = folder / adapters.FACTS
-    if not facts.exists():
-        return
-    try:
-        known = json.loads(facts.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelMissing(f"adapter: {facts} cannot be read ({error}); train or upload it again") from error
-    if not isinstance(known, dict) or known.get("format") != adapters.FORMAT:
-        raise ModelMissing(f"adapter: {facts} has a format that is unknown, this version reads {adapters.FORMAT}")
-
-
-def _check_scale(file: Path, metadata: Mapping[str, str]) -> None:
-    """Refuse files whose scale is not 1: some tools write it beside the weights."""
-    try:
-        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
-        raise ModelMissing(f"adapter: {file} has metadata that cannot be read ({error})") from error
-    for key, alpha in noted.items():
-        if key.endswith("lora_alpha") and alpha != noted.get(key.removesuffix("lora_alpha") + "r", alpha):
-            raise ModelMissing(f"adapter: {file} is scaled by {key} = {alpha}; fold the scale into its weights first")
-
-
-def _paired(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, _Pair]:
-    if not tensors:
-        raise ModelMissing(f"adapter {name}: it holds no weights; train or upload it again")
-    pairs: dict[str, _Pair] = {}
-    for key, down in tensors.items():
-        if key.endswith(_UP):
-            if key.removesuffix(_UP) + _DOWN not in tensors:
-                raise ModelMissing(f"adapter {name}: {key} is there without its {_DOWN[1:]}; train or upload it again")
-            continue
-        if not key.endswith(_DOWN):
-            raise ModelMissing(
-                f"adapter {name}: {key} is no low-rank difference; a model trained in full, or a file of another tool, "
-                "cannot share a batch and needs a Pod of its own"
-            )
-        up = tensors.get(key.removesuffix(_DOWN) + _UP)
-        if up is None:
-            raise ModelMissing(f"adapter {name}: {key} is there without its {_UP[1:]}; train or upload it again")
-        part, _, layer = key.removesuffix(_DOWN).partition(".")
-        pairs[adapters.weight_key(part, layer)] = (down, up)
-    return pairs

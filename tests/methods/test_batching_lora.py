@@ -248,11 +248,11 @@ def test_a_file_that_is_no_adapter_of_this_model_is_refused_with_the_reason(
     assert bank.names() == ()
 
 
-def test_files_that_cannot_be_read_or_are_scaled_are_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_or_scaled_are_refused(tmp_path: Path) -> None:
     bank = AdapterBank(pipelines.load(ModelRef("tiny", MODEL_DIR), "cpu"))
     pair = {f"{LAYER}.lora_A.weight": DOWN, f"{LAYER}.lora_B.weight": UP}
-    path = _file(tmp_path, pair, {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 8}'})
-    with pytest.raises(ModelMissing, match="scaled"):
+    path = _file(tmp_path, pair, {"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.alpha_pattern": {"a": 1}}'})
+    with pytest.raises(ModelMissing, match="by pattern"):
         bank.add("mine", path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ModelMissing, match="cannot be read"):
