@@ -12,9 +12,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from engine.tasks import SECOND, Micros
+from engine.tasks import SECOND, FailureCause, Micros
 
-Kind = Literal["stuck_task", "silent_node", "failure_rate", "prediction_residuals", "module_down"]
+Kind = Literal[
+    "stuck_task",
+    "silent_node",
+    "failure_rate",
+    "prediction_residuals",
+    "module_down",
+    "gpu_cordoned",
+    "gpu_ill",
+    "device_failures",
+]
 Severity = Literal["critical", "warning"]
 _Z = 1.96
 
@@ -41,6 +50,8 @@ class Thresholds:
     """Latest runs that the predictions are judged by."""
     residual_share: float = 0.2
     """P90 should be exceeded by a tenth of the runs; by more than this share, with 97.5% confidence, it no longer holds."""
+    device_failures: int = 3
+    """So many failed attempts of one cause in the recent span speak of devices, models or limits, not of chance."""
     max_tracked: int = 10_000
     """Runs kept per method."""
     max_stuck: int = 100
@@ -71,6 +82,18 @@ class NodeSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuSeen:
+    """A GPU as last seen."""
+
+    node: str
+    uuid: str
+    healthy: bool = True
+    """The DevicePlugin finds it there and well."""
+    cordoned: bool = False
+    """The scheduler gives it no more work because it failed one piece of work after another."""
+
+
+@dataclass(frozen=True, slots=True)
 class Alert:
     """An abnormal state that holds. `since` is microseconds; `value` and `threshold` are in the unit the message names."""
 
@@ -96,10 +119,13 @@ class AbnormalityDetector:
     thresholds: Thresholds = field(default_factory=Thresholds)
     _runs: dict[str, _Runs] = field(default_factory=dict)
     _since: dict[tuple[str, str], Micros] = field(default_factory=dict)
+    _causes: dict[FailureCause, deque[tuple[Micros, str]]] = field(default_factory=dict)
 
-    def ended(self, now: Micros, method: str, *, failed: bool) -> None:
-        """Note the end of an attempt of a method."""
+    def ended(self, now: Micros, method: str, *, failed: bool, cause: FailureCause | None = None) -> None:
+        """Note the end of an attempt of a method, with the cause of a failure where it is known."""
         self._of(method).ends.append((now, failed))
+        if failed and cause in _REMEDIES:
+            self._causes.setdefault(cause, deque(maxlen=self.thresholds.max_tracked)).append((now, method))
 
     def predicted(self, method: str, *, exceeded: bool) -> None:
         """Note whether a finished run took longer than its predicted P90."""
@@ -111,6 +137,7 @@ class AbnormalityDetector:
         tasks: Iterable[TaskSeen] = (),
         nodes: Iterable[NodeSeen] = (),
         modules: Mapping[str, bool] | None = None,
+        gpus: Iterable[GpuSeen] = (),
     ) -> tuple[Alert, ...]:
         """Return the alerts that hold now, worst first; each keeps the time it was first seen."""
         found = [
@@ -119,6 +146,8 @@ class AbnormalityDetector:
             *self._failures(now),
             *self._residuals(now),
             *_down(now, modules or {}),
+            *_devices(now, gpus),
+            *self._device_failures(now),
         ]
         since: dict[tuple[str, str], Micros] = {
             (alert.kind, alert.subject): min(alert.since, self._since.get((alert.kind, alert.subject), now))
@@ -209,6 +238,24 @@ class AbnormalityDetector:
                 alerts.append(Alert("failure_rate", method, "critical", now, message, rate, threshold))
         return alerts
 
+    def _device_failures(self, now: Micros) -> list[Alert]:
+        limits = self.thresholds
+        alerts = []
+        for cause, seen in sorted(self._causes.items()):
+            while seen and seen[0][0] < now - limits.recent_us:
+                seen.popleft()
+            if len(seen) >= limits.device_failures:
+                methods = ", ".join(sorted({method for _, method in seen}))
+                message = (
+                    f"{len(seen)} attempts of {methods} ended {cause} in the last {limits.recent_us // SECOND // 60} min; "
+                    f"{_REMEDIES[cause]}"
+                )
+                since, threshold = seen[limits.device_failures - 1][0], float(limits.device_failures)
+                alerts.append(
+                    Alert("device_failures", cause.value, "warning", since, message, float(len(seen)), threshold)
+                )
+        return alerts
+
     def _residuals(self, now: Micros) -> list[Alert]:
         limits = self.thresholds
         alerts = []
@@ -223,6 +270,31 @@ class AbnormalityDetector:
                     Alert("prediction_residuals", method, "warning", now, message, over / count, limits.residual_share)
                 )
         return alerts
+
+
+_REMEDIES = {
+    FailureCause.HUNG: "the jobs' details have the stack of the thread that stood still",
+    FailureCause.NOT_FINITE: "one model: it does not work in half precision; many models on one GPU: drain that GPU",
+    FailureCause.GPU_LOST: "see the GPUs' state in `aigc nodes list` and the kernel's log for Xid lines",
+    FailureCause.OUT_OF_MEMORY: "`aigc doctor` on the node shows what each model takes; give its Pods more or ask for less",
+}
+"""Causes that speak of devices -> what to look at."""
+
+
+def _devices(now: Micros, gpus: Iterable[GpuSeen]) -> list[Alert]:
+    alerts = []
+    for gpu in gpus:
+        name = f"{gpu.node}/{gpu.uuid}"
+        if gpu.cordoned:
+            message = (
+                f"GPU {gpu.uuid} of {gpu.node} failed one piece of work after another and gets no more; look at it, then "
+                f"`aigc nodes uncordon {gpu.node} --gpu {gpu.uuid}`"
+            )
+            alerts.append(Alert("gpu_cordoned", name, "critical", now, message, 1.0, 1.0))
+        if not gpu.healthy:
+            message = f"GPU {gpu.uuid} of {gpu.node} is gone or ill; look at its driver and the kernel's log"
+            alerts.append(Alert("gpu_ill", name, "critical", now, message, 1.0, 1.0))
+    return alerts
 
 
 def _down(now: Micros, modules: Mapping[str, bool]) -> list[Alert]:

@@ -5,6 +5,7 @@ Both are plain folds: they see each fact once, never ask anybody, and hold no mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,20 @@ from api.monitoring.metrics import Metrics
 from api.ports import JobEvent, JobView
 from engine.commands import Command, Notify
 from engine.events import Event, TaskEstimated, TaskFinished, TaskSubmitted
-from engine.tasks import SECOND, TERMINAL_STATES, Estimate, Micros, TaskState
+from engine.tasks import SECOND, TERMINAL_STATES, Estimate, FailureCause, Micros, TaskState
 
 _LONG = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 14_400.0, 86_400.0)
 _STEP = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+
+
+_CAUSE = re.compile(rf"(?:^|: )({'|'.join(cause.value for cause in FailureCause)})(?::|$)")
+
+
+def cause_in(detail: str) -> FailureCause | None:
+    """Return the cause that the scheduler names at the beginning of a detail, None when it names none."""
+    found = _CAUSE.search(detail[:120])
+    return FailureCause(found[1]) if found else None
 
 
 @dataclass(slots=True)
@@ -115,7 +125,7 @@ class MetricsFold:
         task = self._live.get(notice.req_no)
         if task is not None and self._detector is not None:
             if notice.state in (TaskState.BACKOFF, TaskState.DEAD):
-                self._detector.ended(now, task.method, failed=True)
+                self._detector.ended(now, task.method, failed=True, cause=cause_in(notice.detail))
             elif notice.state is TaskState.FINISHED:
                 self._detector.ended(now, task.method, failed=False)
         if notice.state in TERMINAL_STATES:
@@ -136,6 +146,9 @@ class JobsFold:
         self.ended = Counter("aigc_jobs_ended", "Jobs that ended.", ("task_type", "method", "state"), registry=registry)
         self.retried = Counter(
             "aigc_jobs_retried", "Attempts that failed and are tried again.", ("method",), registry=registry
+        )
+        self.failed = Counter(
+            "aigc_jobs_failed_attempts", "Attempts that failed, by cause.", ("method", "cause"), registry=registry
         )
         self.wait_seconds = Histogram(
             "aigc_jobs_wait_seconds",
@@ -160,17 +173,24 @@ class JobsFold:
             self.wait_seconds.labels(view.task_type, urgency).observe(max(0.0, event.at - view.submitted_at))
         if fresh and view.state == "backoff":
             self.retried.labels(view.method).inc()
-            self._detector.ended(at, view.method, failed=True)
+            self._failed(at, view)
         if view.state in TERMINAL_STATES:
             self.live.pop(key, None)
             if fresh:
                 self.ended.labels(view.task_type, view.method, view.state).inc()
-                if view.state in ("finished", "dead"):
-                    self._detector.ended(at, view.method, failed=view.state == "dead")
+                if view.state == "dead":
+                    self._failed(at, view)
+                elif view.state == "finished":
+                    self._detector.ended(at, view.method, failed=False)
                 if view.state == "finished" and view.started_at is not None and view.finished_at is not None:
                     self.run_seconds.labels(view.method).observe(max(0.0, view.finished_at - view.started_at))
         elif key in self.live or len(self.live) < self._max_live:
             self.live[key] = TaskSeen(view.req_no, view.state, at, view.method)
+
+    def _failed(self, at: Micros, view: JobView) -> None:
+        cause = cause_in(view.detail)
+        self.failed.labels(view.method, cause.value if cause is not None else "unknown").inc()
+        self._detector.ended(at, view.method, failed=True, cause=cause)
 
     def seed(self, view: JobView, now_s: float) -> None:
         """Take in a live job that was there before; its patience starts anew where its last step is not known."""

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 from prometheus_client import Gauge
 
-from api.monitoring.abnormal import AbnormalityDetector, Alert, NodeSeen
+from api.monitoring.abnormal import AbnormalityDetector, Alert, GpuSeen, NodeSeen
 from api.monitoring.fold import JobsFold
 from api.monitoring.logs import FileTail
 from api.monitoring.metrics import Metrics
@@ -114,7 +114,8 @@ class Watch:
         self._judge(queue.get("predictions"))
         self.jobs.gauges()
         seen = self._nodes_seen(nodes, now)
-        self._announce(self.detector.look(int(now * SECOND), list(self.jobs.live.values()), seen, modules))
+        live = list(self.jobs.live.values())
+        self._announce(self.detector.look(int(now * SECOND), live, seen, modules, gpus_seen(nodes)))
 
     def _nodes_seen(self, nodes: Sequence[Mapping[str, Any]], now: float) -> list[NodeSeen]:
         """Return the nodes with the time each was last known to be up; one that is drained may go."""
@@ -211,6 +212,22 @@ class Watch:
             except Exception as error:
                 log.warning("job_events_lost", error=repr(error))
             await asyncio.sleep(min(1.0, self._every_s))
+
+
+def gpus_seen(nodes: Sequence[Mapping[str, Any]]) -> list[GpuSeen]:
+    """Return the GPUs of nodes that are up, as SS shows them; those of lost nodes are no news."""
+    return [
+        GpuSeen(
+            str(node.get("name", "")),
+            str(gpu.get("uuid", "")),
+            bool(gpu.get("healthy", True)) and bool(gpu.get("present", True)),
+            bool(gpu.get("faulty", False)),
+        )
+        for node in nodes
+        if node.get("state") not in _DOWN
+        for gpu in node.get("gpus") or ()
+        if isinstance(gpu, Mapping)
+    ]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[tuple[str, float]]:

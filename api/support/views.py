@@ -9,6 +9,7 @@ from api.mq.messages import Message
 from api.ports import Expected, JobEvent, JobView, ModelView
 from api.support.jobs import Change, Job, Model, view_of
 from engine.ahead.foresight import Promise
+from engine.faults import is_cordoned
 from engine.reasons import Blocker
 from engine.state import State
 from engine.tasks import TERMINAL_STATES
@@ -128,6 +129,7 @@ def nodes_view(
                     "healthy": gpu.healthy,
                     "present": gpu.present,
                     "draining": gpu.drained,
+                    "faulty": is_cordoned(state, node, gpu.uuid),
                     **_use_view(use.get(node.name, {}).get(gpu.uuid)),
                 }
                 for gpu in node.gpus
