@@ -10,7 +10,7 @@ into windows: the median of the windows says what is usual, the mean what it cam
 The load has the shape of a picture service: 86 models by a Zipf law (1.43), 4,247 groups (0.81), 20 tenants, one task in ten
 urgent, whole GPUs and half GPUs. Two mixes: `warm` keeps a model's Pods for the next task of that model, so that hardly a Pod is
 created; `cold` gives every task a new Pod (its Pod is stopped after it), the most expensive way. As a long-lived process should,
-it freezes what was there before the measurement out of Python's garbage collector and lets that run once per 50,000 allocations.
+it freezes what was there before the measurement out of Python's garbage collector and lets that run once per 200,000 allocations.
 
 On a machine that does other work as well, CPU time per task grows with the neighbours' use of caches and sibling threads; the cost
 of the cheapest tenth of the steps (`quiet`) says what a quiet core would do.
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="wall time per measurement")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(200_000, 50, 1_000)
     results: dict[str, dict[str, float]] = {}
     for nodes, pending in ((1_000, 20_000), (100, 20_000), (10_000, 20_000)):
         for cold in (False, True):

@@ -148,7 +148,7 @@ def calm_collector() -> Iterator[None]:
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 50, 1_000)
+    gc.set_threshold(1_000_000, 20, 1_000)
     try:
         yield
     finally:

@@ -257,9 +257,7 @@ def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[int], None] = 
     gc.collect()
     gc.freeze()
     gc.enable()
-    gc.set_threshold(
-        50_000, 20, 100
-    )  # what was recovered lives long: do not walk it again and again (benchmarks/engine.py)
+    gc.set_threshold(200_000, 50, 1_000)  # what lives is not garbage: walk it seldom (benchmarks/engine.py does the same)
     try:
         scheduler.start()
         asyncio.run(_serve(scheduler, on_ready))
