@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.resources import GpuSpec
 from executors.devices.cpu import NO_GPU_ENVIRONMENT
+from executors.devices.xid import XidWatch
 from executors.ports import DeviceUse
 
 REOPEN_PERIOD_S = 30.0
@@ -30,7 +31,8 @@ class NvmlPlugin:
     """The NVIDIA GPUs of this machine.
 
     While the driver fails, the GPUs last seen stay listed as not healthy: their Pods may still run, new ones must not be placed.
-    A GPU is gone when a working driver does not list it. MIG slices are not offered. May be asked from several threads.
+    A GPU is gone when a working driver does not list it. One that reported an error after which it must be reset stays ill until
+    it has been gone, or until this process ends. MIG slices are not offered. May be asked from several threads.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class NvmlPlugin:
         self._tried_at: float | None = None
         self._seen_in_kernel: frozenset[str] = frozenset()
         self._known: dict[str, GpuSpec] = {}
+        self._xids: XidWatch | None = None
+        self._broken: dict[str, int] = {}
+        """GPU -> the Xid after which it must be reset."""
         self._lock = threading.Lock()
         self.error = ""
 
@@ -70,7 +75,16 @@ class NvmlPlugin:
             self._fail(error)
             return self._all_ill()
         self._known = {gpu.uuid: gpu for gpu in found if gpu is not None}
-        return tuple(self._known.values())
+        return tuple(self._judged())
+
+    def _judged(self) -> list[GpuSpec]:
+        """Return the GPUs with those ill that reported a fatal error; one that went away and came back begins anew."""
+        if self._xids is not None:
+            self._broken.update(self._xids.take())
+        self._broken = {uuid: xid for uuid, xid in self._broken.items() if uuid in self._known}
+        for uuid, xid in self._broken.items():
+            self.error = f"GPU {uuid}: Xid {xid}; reset it or restart the machine"
+        return [_ill(gpu) if gpu.uuid in self._broken else gpu for gpu in self._known.values()]
 
     def use(self) -> tuple[DeviceUse, ...]:
         """Return the use of each GPU that answers."""
@@ -107,6 +121,7 @@ class NvmlPlugin:
     def _shut(self) -> None:
         if self._opened:
             self._opened = False
+            self._xids = None
             try:
                 self._library.nvmlShutdown()
             except self._library.NVMLError:
@@ -129,6 +144,7 @@ class NvmlPlugin:
             self.error = f"NVML does not open: {error}"
             return False
         self._opened = True
+        self._xids = XidWatch(self._library)
         self.error = ""
         return True
 
@@ -151,6 +167,8 @@ class NvmlPlugin:
             self.error = f"GPU {index}: {error}"
             known = list(self._known.values())
             return _ill(known[index]) if index < len(known) else None
+        if self._xids is not None:
+            self._xids.watch(uuid, handle)
         return GpuSpec(uuid, model_name(name), int(memory.total))
 
     def _optional(self, call: str, handle: Any, attribute: str) -> Any:

@@ -33,6 +33,10 @@ class FakeNvml:
     lost: set[str] = field(default_factory=set)
     dead: bool = False
     inits: int = 0
+    has_events: bool = True
+    events: list[tuple[str, int]] = field(default_factory=list)
+    registered: list[str] = field(default_factory=list)
+    nvmlEventTypeXidCriticalError: int = 8
     _listed: list[str] = field(default_factory=list)
     NVMLError: type[NVMLError] = NVMLError
 
@@ -73,6 +77,22 @@ class FakeNvml:
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> Any:
         return [SimpleNamespace(pid=42), SimpleNamespace(pid=7)]
 
+    def nvmlEventSetCreate(self) -> str:
+        if not self.has_events:
+            raise NVMLError("Not Supported")
+        return "set"
+
+    def nvmlDeviceRegisterEvents(self, handle: str, kind: int, events: str) -> None:
+        assert (kind, events) == (8, "set")
+        self.registered.append(handle)
+
+    def nvmlEventSetWait_v2(self, events: str, timeout_ms: int) -> Any:
+        assert timeout_ms == 0, "the agent's poll does not wait"
+        if not self.events:
+            raise NVMLError("Timeout")
+        device, xid = self.events.pop(0)
+        return SimpleNamespace(device=device, eventData=xid)
+
     def _alive(self, uuid: str) -> str:
         if self.dead or uuid in self.lost or uuid not in self._listed:
             raise NVMLError("GPU is lost")
@@ -106,6 +126,48 @@ def test_nvml_lists_gpus_with_model_and_memory_and_their_use(machine: Machine) -
     plugin: DevicePlugin = machine.plugin()
     assert plugin.devices() == (GpuSpec("GPU-a", "a100", 80 * GIB), GpuSpec("GPU-b", "a100", 80 * GIB))
     assert plugin.use()[0] == DeviceUse("GPU-a", 3 * GIB, 370, (7, 42))
+
+
+def _healthy(devices: tuple[GpuSpec, ...]) -> list[str]:
+    return [device.uuid for device in devices if device.healthy]
+
+
+@pytest.mark.parametrize("xid", [48, 79, 119])
+def test_a_gpu_that_reports_an_error_after_which_it_must_be_reset_is_ill(machine: Machine, xid: int) -> None:
+    plugin = machine.plugin()
+    assert _healthy(plugin.devices()) == ["GPU-a", "GPU-b"]
+    machine.nvml.events.append(("GPU-b", xid))
+    assert _healthy(plugin.devices()) == ["GPU-a"]
+    assert plugin.error == f"GPU GPU-b: Xid {xid}; reset it or restart the machine"
+    machine.now += 10 * REOPEN_PERIOD_S
+    assert _healthy(plugin.devices()) == ["GPU-a"], "time mends nothing"
+    assert sorted(machine.nvml.registered) == ["GPU-a", "GPU-b"], "each is watched once"
+
+
+@pytest.mark.parametrize("xid", [13, 31, 43, 45, 68])
+def test_the_fault_of_a_program_says_nothing_of_its_gpu(machine: Machine, xid: int) -> None:
+    plugin = machine.plugin()
+    plugin.devices()
+    machine.nvml.events.append(("GPU-b", xid))
+    assert _healthy(plugin.devices()) == ["GPU-a", "GPU-b"]
+
+
+def test_a_broken_gpu_that_was_taken_out_and_put_back_begins_anew(machine: Machine) -> None:
+    plugin = machine.plugin()
+    plugin.devices()
+    machine.nvml.events.append(("GPU-b", 79))
+    assert _healthy(plugin.devices()) == ["GPU-a"]
+    machine.nvml.plugged.remove("GPU-b")
+    assert _uuids(plugin.devices()) == ["GPU-a"]
+    machine.nvml.plugged.append("GPU-b")
+    assert _healthy(plugin.devices()) == ["GPU-a", "GPU-b"]
+
+
+def test_a_driver_without_events_is_no_fault(machine: Machine) -> None:
+    machine.nvml.has_events = False
+    plugin = machine.plugin()
+    assert _healthy(plugin.devices()) == ["GPU-a", "GPU-b"]
+    assert _healthy(plugin.devices()) == ["GPU-a", "GPU-b"]
 
 
 def test_a_gpu_that_is_plugged_in_or_out_is_sensed_by_the_next_poll(machine: Machine) -> None:
