@@ -171,6 +171,8 @@ class TaskSpec:
     urgent_slots: int = 0
     """Where the task is urgent and a Pod of its kind is full, so many tasks more than it has slots may be in the Pod: its batch
     sets an ordinary picture aside where it must."""
+    credit_us: Micros = 0
+    """Where the time of submission ranks, the task ranks as if submitted so much earlier: its place was quoted then."""
 
 
 def is_urgent(spec: TaskSpec) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api.gateway import console, files, images, jobs, models, operators, problems
+from api.gateway import console, files, images, jobs, models, operators, problems, quotes
 from api.gateway.config import GatewayConfig
 from api.gateway.context import Gateway, known_query
 from api.gateway.gate import Envelope, Gate
@@ -76,6 +76,7 @@ def create_app(
     problems.install(app)
     for router in (
         jobs.router,
+        quotes.router,
         images.router,
         files.router,
         models.router,

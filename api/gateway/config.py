@@ -37,6 +37,8 @@ class TenantPolicy(BaseModel):
     """Submissions in the admission window at once."""
     max_deployed_pods: int = Field(default=4, ge=0, le=1000)
     """Pods that a user of the tenant may keep warm with one model; operators may more."""
+    max_wait_s: float = Field(default=0.0, ge=0, le=30 * 86_400)
+    """Refuse a job that would wait for longer than this before it starts, by the look ahead; 0: never."""
     max_priority: int = Field(default=1000, ge=-1000, le=1000)
     """Highest priority the tenant may ask for; from 100 on a job is urgent."""
 

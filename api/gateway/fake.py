@@ -177,6 +177,30 @@ class SupportFake:
             {"reason": "NO_GPU_MEMORY", "message": "no GPU has the memory free", "missing": {"gpu_memory_bytes": 1}}
         ]
 
+    async def quote(self, message: str) -> Mapping[str, Any]:
+        """Return a quote: ten seconds of waiting for everybody who waits, and a run of a second."""
+        decoded = decode(message.encode())
+        ahead = sum(view.state == "pending" for view in self.known.values())
+        now = time.time()
+        start = {"p50": now + 10 * ahead, "p90": now + 20 * ahead}
+        urgent = {
+            "kind": "urgent_lane",
+            "change": {"priority": 100},
+            "start_at": {"p50": now, "p90": now},
+            "finish_at": {"p50": now + 1, "p90": now + 2},
+        }
+        return {
+            "queue_position": ahead + 1 if ahead else None,
+            "start_at": start,
+            "finish_at": {name: at + 1 for name, at in start.items()},
+            "run_s": {"mean": 1.0, "p50": 1.0, "p90": 1.0},
+            "cost": None,
+            "waiting": ahead,
+            "reason": "",
+            "retry_after_s": 10.0 if ahead else 1.0,
+            "alternatives": [urgent] if ahead and decoded.header.priority < 100 else [],
+        }
+
     async def events(self, tenant: str, req_no: str = "", after: int = 0) -> AsyncIterator[JobEvent]:
         """Stream changes."""
         if req_no:

@@ -16,11 +16,14 @@ import structlog
 
 from api.gateway.problems import Refused
 from api.gateway.ranking import AdmissionWindow, Waiting, WindowFull
+from api.gateway.relief import refused_for_now
 from api.monitoring.metrics import Metrics
 from api.mq.port import Outgoing, QueueRefused
 from engine.tasks import URGENT_PRIORITY
 
 log = structlog.get_logger("gateway")
+QUEUE_FULL_S = 5.0
+"""Retry-After of a full queue where nobody can look ahead."""
 
 
 class QueuePort(Protocol):
@@ -59,6 +62,8 @@ class Intake:
         self._metrics = metrics
         self._clock_us = clock_us
         self._batch = batch
+        self._each_s = 0.0
+        """How long the queue takes for one message, a moving average."""
         self._drain: asyncio.Task[None] | None = None
 
     async def submit(
@@ -73,10 +78,10 @@ class Intake:
             )
         except WindowFull as full:
             self._metrics.refused.labels(f"window_full_{full.scope}").inc()
-            raise _window_full(full.scope) from None
+            raise self._window_full(full.scope) from None
         if pushed_out is not None and not pushed_out.item.done.done():
             self._metrics.refused.labels("window_pushed_out").inc()
-            pushed_out.item.done.set_exception(_window_full("window"))
+            pushed_out.item.done.set_exception(self._window_full("window"))
         self._metrics.window_waiting.set(len(self._window))
         if self._drain is None or self._drain.done():
             self._drain = asyncio.create_task(self._run())
@@ -93,10 +98,26 @@ class Intake:
                 batch.append(first)
             self._metrics.window_waiting.set(len(self._window))
             error: BaseException | None = RuntimeError("the gateway is ending")
+            began = self._clock_us()
             try:
                 error = await asyncio.to_thread(self._put, [entry.item for entry in batch])
+                self._drained(len(batch), self._clock_us() - began)
             finally:
                 self._answer(batch, error)
+
+    def _drained(self, messages: int, took_us: int) -> None:
+        each_s = took_us / messages / 1e6
+        self._each_s = each_s if self._each_s == 0 else 0.8 * self._each_s + 0.2 * each_s
+
+    def _window_full(self, scope: str) -> Refused:
+        """Return the refusal, with the time in which the queue is likely to take what waits now."""
+        whose = "this tenant" if scope == "tenant" else "all tenants"
+        return refused_for_now(
+            429,
+            "window_full",
+            f"Too many submissions of {whose} wait for the queue",
+            len(self._window) * self._each_s,
+        )
 
     def _answer(self, batch: Sequence[Waiting[Submission]], error: BaseException | None) -> None:
         for entry in batch:
@@ -119,19 +140,9 @@ class Intake:
         return None
 
 
-def _window_full(scope: str) -> Refused:
-    whose = "this tenant" if scope == "tenant" else "all tenants"
-    return Refused(
-        429,
-        "window_full",
-        f"Too many submissions of {whose} wait for the queue; try again in 1 s.",
-        headers={"Retry-After": "1"},
-    )
-
-
 def _queue_refusal(error: BaseException) -> Refused:
     if isinstance(error, QueueRefused):
-        return Refused(503, "queue_full", f"The queue refused the message: {error}.", headers={"Retry-After": "5"})
+        return refused_for_now(503, "queue_full", f"The queue refused the message ({error})", QUEUE_FULL_S)
     full = isinstance(error, OSError) and error.errno == 28
     full = full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
     if full:

@@ -79,6 +79,9 @@ class Problem(BaseModel):
     error_type: str
     error: ErrorBody
     errors: list[FieldProblem] = Field(default_factory=list)
+    alternatives: list[dict[str, Any]] = Field(
+        default_factory=list, description="What is possible instead: `kind`, and the `change` to the request."
+    )
     request_id: str = ""
 
 
@@ -94,11 +97,13 @@ class Refused(HTTPException):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
         errors: Iterable[FieldProblem] = (),
+        alternatives: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(status_code=status, detail=message, headers=dict(headers or {}))
         self.code = code
         self.param = param
         self.errors = tuple(errors)
+        self.alternatives = tuple(alternatives)
 
 
 def no_retry(headers: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -115,6 +120,7 @@ def problem_body(
     code: str = "",
     param: str | None = None,
     errors: Iterable[FieldProblem] = (),
+    alternatives: Iterable[Mapping[str, Any]] = (),
 ) -> bytes:
     """Return the merged error body as JSON bytes."""
     code = code or _CODES.get(status, "error")
@@ -128,6 +134,7 @@ def problem_body(
         error_type=kind,
         error=ErrorBody(message=message, type=kind, param=param, code=code),
         errors=list(errors),
+        alternatives=[dict(one) for one in alternatives],
         request_id=request_id,
     )
     return json.dumps(body.model_dump(), ensure_ascii=True).encode()
@@ -157,6 +164,7 @@ def install(app: FastAPI) -> None:
                 code=error.code,
                 param=error.param,
                 errors=error.errors,
+                alternatives=error.alternatives,
                 headers=headers,
             )
         detail = error.detail if error.detail != _title(error.status_code) else _plain(error.status_code, request)

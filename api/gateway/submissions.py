@@ -10,25 +10,28 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.gateway import quote_tokens
 from api.gateway.config import GatewayConfig
 from api.gateway.fields import Number, Whole
 from api.gateway.intake import Intake
 from api.gateway.keys import Caller
 from api.gateway.problems import FieldProblem, Refused, no_retry
 from api.gateway.records import Records
+from api.gateway.relief import refused_for_now
 from api.mq.messages import MessageRefused, encode_request, request_id
 from api.ports import JobEvent, JobView, SupportPort, SupportRefused
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+QUOTE_TIMEOUT_S = 3.0
 TERMINAL = frozenset({"finished", "cancelled", "rejected", "dead"})
 TRAINING_METHODS = frozenset({"dreambooth"})
-FILE_PARAMETERS = ("pictures", "image", "mask", "control_image")
+FILE_PARAMETERS = ("pictures", "image", "mask")
 MODEL_PARAMETERS = {"text_to_image": "model", "dreambooth": "base_model"}
 """The parameter that names a method's model; other methods need none."""
 
@@ -61,6 +64,12 @@ class JobRequest(BaseModel):
     req_no: uuid.UUID | None = Field(
         default=None, description="Identity of the job; submitting it twice is submitting it once."
     )
+    quote: str = Field(
+        default="",
+        max_length=1000,
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Token of a quote of this request, not older than 30 s: the job keeps the place that was quoted.",
+    )
 
 
 Validate = Callable[[str, Mapping[str, Any]], dict[str, Any]]
@@ -84,6 +93,17 @@ def validate_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str,
     except RecursionError:
         raise Refused(422, "invalid_parameter", "parameters: nested too deeply", param="parameters") from None
     return dict(parameters)
+
+
+def _files_of(parameters: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """Return the files that checked parameters name, by field."""
+    found: dict[str, Sequence[Any]] = {}
+    for name in FILE_PARAMETERS:
+        value = parameters.get(name)
+        found[name] = value if isinstance(value, (list, tuple)) else [value] if value else []
+    for index, use in enumerate(parameters.get("control") or ()):
+        found[f"control.{index}.image"] = [use["image"]]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +138,10 @@ class Submissions:
         self, caller: Caller, request: JobRequest, key: str = "", source: str = "jobs", traceparent: str = ""
     ) -> Submitted:
         """Put a job on the queue; returns when it is durable there. Raises Refused."""
-        policy = self._config.tenant(caller.tenant)
-        if request.priority > policy.max_priority:
-            raise Refused(
-                403,
-                "priority_not_allowed",
-                f"priority: this tenant may ask for {policy.max_priority} at most.",
-                param="priority",
-            )
-        parameters = self._validate(request.method, self._with_model(request))
-        await self._check_references(caller, request, parameters)
+        parameters = await self._checked(caller, request)
+        quoted_at: float | None = None
+        if request.quote:
+            request, quoted_at = self._redeemed(caller, request)
         fingerprint = _fingerprint(source, request)
         req_no = str(request.req_no or uuid.uuid4())
         if key:
@@ -148,10 +162,48 @@ class Submissions:
             if known is not None:
                 return Submitted(known, replayed=True)
         view = self._view(caller, request, req_no, parameters)
-        await self._enqueue(caller, request, view, fingerprint, traceparent)
+        await self._enqueue(caller, request, view, fingerprint, traceparent, quoted_at)
         if key:
             await asyncio.to_thread(self._records.settle, caller.tenant, key, 202, view.model_dump_json())
         return Submitted(view)
+
+    async def prepared(self, caller: Caller, request: JobRequest) -> tuple[bytes, str]:
+        """Return the message that a request would become, and its fingerprint for a quote; raises Refused as `submit` would."""
+        parameters = await self._checked(caller, request)
+        view = self._view(caller, request, str(request.req_no), parameters)
+        return message_of(view, request, self._clock_s()), _fingerprint("quote", request)
+
+    async def _checked(self, caller: Caller, request: JobRequest) -> dict[str, Any]:
+        """Return the request's parameters; raises Refused where the tenant may not ask for it or something in it is wrong."""
+        policy = self._config.tenant(caller.tenant)
+        if request.priority > policy.max_priority:
+            raise Refused(
+                403,
+                "priority_not_allowed",
+                f"priority: this tenant may ask for {policy.max_priority} at most.",
+                param="priority",
+            )
+        parameters = self._validate(request.method, self._with_model(request))
+        await self._check_references(caller, request, parameters)
+        return parameters
+
+    def _redeemed(self, caller: Caller, request: JobRequest) -> tuple[JobRequest, float]:
+        """Return the request under the reqNo of its quote, and when that was made; raises Refused 409 or 422."""
+        secrets = [secret.get_secret_value().encode() for secret in self._config.signing_secrets]
+        quote = quote_tokens.read(request.quote, caller.tenant, _fingerprint("quote", request), secrets)
+        if request.req_no is not None and str(request.req_no) != quote.req_no:
+            raise Refused(422, "quote_invalid", "req_no: leave it out, or give the one of the quote.", param="req_no")
+        late_s = self._clock_s() - quote.quoted_at
+        if not -1 <= late_s <= quote_tokens.VALID_S and self._records.accepted(caller.tenant, quote.req_no) is None:
+            raise Refused(
+                409,
+                "quote_expired",
+                f"quote: it is {late_s:.0f} s old, a place is kept for {quote_tokens.VALID_S:.0f} s; ask for a new quote, or "
+                "submit without one.",
+                param="quote",
+                headers=no_retry(),
+            )
+        return request.model_copy(update={"req_no": uuid.UUID(quote.req_no)}), quote.quoted_at
 
     async def job(self, scope: str, req_no: str) -> JobView:
         """Return a job, also one that still waits in the queue; raises SupportRefused 404."""
@@ -210,9 +262,8 @@ class Submissions:
             raise
 
     async def _check_references(self, caller: Caller, request: JobRequest, parameters: Mapping[str, Any]) -> None:
-        for name in FILE_PARAMETERS:
-            value = parameters.get(name)
-            for file_id in value if isinstance(value, (list, tuple)) else [value] if value else []:
+        for name, file_ids in _files_of(parameters).items():
+            for file_id in file_ids:
                 if not isinstance(file_id, str) or not self._records.owns(caller.scope, file_id):
                     field = f"parameters.{name}"
                     raise Refused(
@@ -271,14 +322,21 @@ class Submissions:
         )
 
     async def _enqueue(
-        self, caller: Caller, request: JobRequest, view: JobView, fingerprint: str, traceparent: str
+        self,
+        caller: Caller,
+        request: JobRequest,
+        view: JobView,
+        fingerprint: str,
+        traceparent: str,
+        quoted_at: float | None,
     ) -> None:
         now = self._clock_s()
         if now - self._pruned_at > 60:
             self._pruned_at = now
             await asyncio.to_thread(self._records.prune, now - self._config.idempotency_ttl_s)
         policy = self._config.tenant(caller.tenant)
-        message = message_of(view, request, now, traceparent)
+        message = message_of(view, request, now, traceparent, quoted_at)
+        await self._promised_in_time(caller, view, message)
         fresh = self._records.accept(caller.tenant, view.req_no, fingerprint, view.model_dump_json(), now)
         try:
             await self._intake.submit(
@@ -289,13 +347,58 @@ class Submissions:
                 priority=view.priority,
                 max_waiting=policy.max_waiting,
             )
-        except Refused:
+        except Refused as refused:
             if fresh:
                 self._records.forget(caller.tenant, view.req_no)
+            if refused.code == "queue_full":
+                raise await self._relieved(refused, message) from None
             raise
 
+    async def _promised_in_time(self, caller: Caller, view: JobView, message: bytes) -> None:
+        """Refuse what would wait for longer than the tenant's jobs may; raises Refused 503."""
+        limit_s = self._config.tenant(caller.tenant).max_wait_s
+        found = await self._looked_ahead(message) if limit_s else None
+        if found is None or not found.get("start_at"):
+            return
+        wait_s = found["start_at"]["p50"] - self._clock_s()
+        if wait_s <= limit_s:
+            return
+        soon = self._clock_s() + limit_s
+        helpful = [
+            one
+            for one in found.get("alternatives", ())
+            if one.get("start_at")
+            and one["start_at"]["p50"] <= soon
+            and one.get("change", {}).get("priority", view.priority) <= self._config.tenant(caller.tenant).max_priority
+        ]
+        raise refused_for_now(
+            503,
+            "too_long_a_wait",
+            f"The job would wait for about {wait_s:.0f} s, this tenant's jobs for {limit_s:.0f} s at most",
+            wait_s - limit_s,
+            helpful,
+        )
 
-def message_of(view: JobView, request: JobRequest, now_s: float, traceparent: str = "") -> bytes:
+    async def _relieved(self, refused: Refused, message: bytes) -> Refused:
+        """Return a refusal with the time at which the scheduler's queue is likely to move."""
+        found = await self._looked_ahead(message)
+        if found is None:
+            return refused
+        what = refused.detail.partition("; try again")[0]
+        return refused_for_now(refused.status_code, refused.code, what, float(found.get("retry_after_s", 1.0)))
+
+    async def _looked_ahead(self, message: bytes) -> Mapping[str, Any] | None:
+        """Return a quote of a message; None where SS gives none in time: a submission does not fail for want of one."""
+        try:
+            async with asyncio.timeout(QUOTE_TIMEOUT_S):
+                return await self._support.quote(message.decode())
+        except (SupportRefused, ConnectionError, TimeoutError):
+            return None
+
+
+def message_of(
+    view: JobView, request: JobRequest, now_s: float, traceparent: str = "", quoted_at: float | None = None
+) -> bytes:
     """Return the queue message of a job; raises Refused 413 or 422 when it cannot be one."""
     try:
         return encode_request(
@@ -309,6 +412,7 @@ def message_of(view: JobView, request: JobRequest, now_s: float, traceparent: st
             deadline=None if request.deadline_s is None else now_s + request.deadline_s,
             affinity=request.affinity,
             traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else None,
+            quotedAt=quoted_at,
         )
     except MessageRefused as refused:
         status = 413 if refused.code == "too_large" else 422
@@ -317,6 +421,6 @@ def message_of(view: JobView, request: JobRequest, now_s: float, traceparent: st
 
 def _fingerprint(source: str, request: JobRequest) -> str:
     text = json.dumps(
-        [source, request.model_dump(mode="json", exclude={"req_no"})], sort_keys=True, separators=(",", ":")
+        [source, request.model_dump(mode="json", exclude={"req_no", "quote"})], sort_keys=True, separators=(",", ":")
     )
     return hashlib.sha256(text.encode()).hexdigest()

@@ -69,6 +69,8 @@ class Header(BaseModel):
     affinity: Literal["none", "preferred", "strict", "exclusive"] = "preferred"
     """How the group is bound to a node."""
     traceparent: str | None = Field(default=None, max_length=256)
+    quotedAt: float | None = Field(default=None, ge=0, le=253402300799)
+    """Unix seconds of the quote whose place the request keeps; it counts for 30 s at most."""
 
 
 class Body(BaseModel):

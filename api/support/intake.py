@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.mq.messages import Message, MessageRefused
+from api.mq.messages import Header, Message, MessageRefused
 from api.support.jobs import TRAINING_METHOD, Job, Model
 from api.support.sharing import ModelsDoNotFit, further, pod_model
 from engine.resources import Demand
@@ -20,6 +20,10 @@ GENERATION_METHOD = "text_to_image"
 DEPLOY_METHODS = frozenset({"deploy", "undeploy"})
 """TP messages that SS fulfils itself: keep a model warm, or no longer."""
 MAX_DEPLOYED_PODS = 64
+MAX_CREDIT_US = 30 * SECOND
+"""Most that the time of a quote moves a task forward."""
+QUOTE_FORGOTTEN_US = 600 * SECOND
+"""A message older than this was delayed or is run again: its quote counts no more."""
 _TASK_TYPES = {TRAINING_METHOD: "TP", GENERATION_METHOD: "GC", "deploy": "TP", "undeploy": "TP"}
 
 
@@ -86,7 +90,7 @@ def understand(
         job.model = held = model.model_id
         if method == GENERATION_METHOD:
             held, adapters = _shared(message, job, model, find_model)
-    return Request(job, _spec(message, job, methods[method], held, adapters))
+    return Request(job, _spec(message, job, methods[method], held, adapters, now))
 
 
 def header_of(message: Message) -> dict[str, Any]:
@@ -143,7 +147,17 @@ def _model(message: Message, job: Job, find_model: Callable[[str], Model | None]
     return model
 
 
-def _spec(message: Message, job: Job, defaults: MethodDefaults, held: str, adapters: tuple[str, ...]) -> TaskSpec:
+def _credit_us(header: Header, now: Micros) -> Micros:
+    """Return how much earlier than now the task ranks: a quote keeps its place for 30 s, and then no longer."""
+    if header.quotedAt is None:
+        return 0
+    age_us = now - int(header.quotedAt * SECOND)
+    return 0 if age_us > QUOTE_FORGOTTEN_US else min(MAX_CREDIT_US, max(0, age_us))
+
+
+def _spec(
+    message: Message, job: Job, defaults: MethodDefaults, held: str, adapters: tuple[str, ...], now: Micros
+) -> TaskSpec:
     header, parameters = message.header, job.parameters
     declared = int(float(parameters.get("seconds", 1.0)) * SECOND) if job.method == "sleep" else None
     return TaskSpec(
@@ -163,6 +177,7 @@ def _spec(message: Message, job: Job, defaults: MethodDefaults, held: str, adapt
         declared_us=declared,
         features=_features(job, held, adapters),
         adapters=adapters,
+        credit_us=_credit_us(header, now),
         urgent_slots=defaults.urgent_slots,
     )
 

@@ -146,9 +146,18 @@ class Policy:
         return NEVER
 
 
+def came_at(task: Task) -> Micros:
+    """Return when a task came, or when its place was quoted."""
+    return task.submitted_at - task.spec.credit_us
+
+
 @dataclass(frozen=True, slots=True)
 class Fifo(Policy):
     """First come, first served, whoever comes."""
+
+    def key(self, task: Task, now: Micros) -> int:
+        """Rank by when it came."""
+        return came_at(task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ class Fair(Policy):
     def rank(self, task: Task, now: Micros) -> tuple[int, int]:
         """Rank by band, then as the class says."""
         if task.urgent:
-            return URGENT, task.submitted_at - (task.spec.priority - URGENT_PRIORITY) * self.priority_step_us
+            return URGENT, came_at(task) - (task.spec.priority - URGENT_PRIORITY) * self.priority_step_us
         if self.age_us and task.submitted_at + self.age_us <= now:
-            return AGED, task.submitted_at + self.age_us
+            return AGED, came_at(task) + self.age_us
         return ORDINARY, task.predicted_us if self.shortest_first else 0
