@@ -100,7 +100,9 @@ class Breakage:
     def _return(self, node: SimNode, life: int) -> None:
         if not node.up and node.life == life:
             node.up = True
-            self._world.emit(NodeJoined(self._seen(node)))
+            self._world.emit(NodeJoined(self.seen(node)))
+            if len(node.disk):
+                self._world.tell_later(node)
 
     # --- GPUs ---------------------------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Breakage:
                 for attempt in pod.running.values():
                     attempt.token += 1
         if node.up:
-            world.emit(NodeReported(node.spec.name, self._seen(node).gpus))
+            world.emit(NodeReported(node.spec.name, self.seen(node).gpus))
         if repair_after_us is not None:
             world.after(repair_after_us, self._heal, node, uuid)
 
@@ -124,9 +126,9 @@ class Breakage:
         if uuid in node.ill:
             node.ill.discard(uuid)
             if node.up:
-                self._world.emit(NodeReported(node.spec.name, self._seen(node).gpus))
+                self._world.emit(NodeReported(node.spec.name, self.seen(node).gpus))
 
-    def _seen(self, node: SimNode) -> NodeSpec:
+    def seen(self, node: SimNode) -> NodeSpec:
         """Return the node as its DevicePlugin sees it now."""
         gpus = tuple(replace(gpu, healthy=gpu.uuid not in node.ill) for gpu in node.spec.gpus)
         return replace(node.spec, gpus=gpus)

@@ -74,6 +74,11 @@ class ByteCache:
         """Tell whether an entry stays."""
         return name in self._pins
 
+    @property
+    def has_pins(self) -> bool:
+        """Tell whether anything stays."""
+        return bool(self._pins)
+
     def entries(self) -> list[tuple[str, int]]:
         """Return the entries with their sizes, the last used one first."""
         return list(reversed(self._entries.items()))

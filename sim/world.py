@@ -27,11 +27,13 @@ from engine.commands import (
 from engine.events import (
     Event,
     NodeJoined,
+    NodeReported,
     PodStarted,
     PodStopped,
     TaskCancelRequested,
     TaskSubmitted,
 )
+from engine.resources import ResidentModel
 from engine.tasks import TERMINAL_STATES, FailureCause, Micros, TaskSpec, TaskState
 from sim.attempts import Attempts
 from sim.breakage import Breakage
@@ -42,6 +44,7 @@ from sim.faults import Fault, FaultKind, FaultPlan
 from sim.hardware import Hardware
 from sim.parts import SimNode, SimPod
 from sim.pump import run
+from sim.stock import TELL_US, resident
 from sim.workload import Arrival, Truth, Workload
 
 __all__ = ["SimWorld", "run"]
@@ -84,6 +87,10 @@ class SimWorld:
         self._attempts = Attempts(self)
         self.pods: dict[int, SimPod] = {}
         self._loads: dict[str, int] = {}
+        self._telling: dict[str, int] = {}
+        """Nodes that are about to tell of their caches, with the life in which they are."""
+        self._told: dict[str, tuple[int, tuple[ResidentModel, ...]]] = {}
+        """What each told last, and in which life."""
         self.nodes = {spec.name: SimNode(spec, hardware) for spec in hardware.nodes}
         for spec in hardware.nodes:
             if spec.name not in known_nodes:
@@ -264,7 +271,24 @@ class SimWorld:
             self._fetch(node, model, round(factor * self.hardware.fetch_us(size)))
         node.memory.put(model, size)
         self.count(f"loads_{source.value}")
+        self.tell_later(node)
         return spent
+
+    def tell_later(self, node: SimNode) -> None:
+        """Have a node tell of its caches some time after they changed."""
+        if self._telling.get(node.spec.name) != node.life:
+            self._telling[node.spec.name] = node.life
+            self.after(TELL_US, self._tell, node, node.life)
+
+    def _tell(self, node: SimNode, life: int) -> None:
+        if node.life != life or not node.up:
+            return
+        name = node.spec.name
+        del self._telling[name]
+        here = resident(node.disk, node.memory)
+        if self._told.get(name) != (life, here):
+            self._told[name] = (life, here)
+            self.emit(NodeReported(name, self._breakage.seen(node).gpus, resident=here))
 
     def _fetch(self, node: SimNode, model: str, spent: Micros) -> None:
         node.fetching[model] = self.now() + spent
@@ -274,10 +298,16 @@ class SimWorld:
         if node.life == life:
             node.fetching.pop(model, None)
             node.disk.put(model, self.hardware.model_bytes("", model))
+            self.tell_later(node)
 
     def _prefetch(self, order: PrefetchModel) -> None:
         node = self.nodes.get(order.node)
-        if node is None or not node.up or order.model in node.disk or order.model in node.fetching:
+        if node is None or not node.up:
+            return
+        if order.pin:
+            node.disk.pin(order.model)
+            self.tell_later(node)
+        if order.model in node.disk or order.model in node.fetching:
             return
         size = self.hardware.model_bytes("", order.model)
         if size:
@@ -289,6 +319,7 @@ class SimWorld:
         node = self.nodes.get(order.node)
         if node is not None and node.up:
             node.disk.unpin(order.model)
+            self.tell_later(node)
             if order.drop and not any(pod.order.model == order.model for pod in node.pods.values()):
                 node.disk.drop(order.model)
                 node.memory.drop(order.model)
