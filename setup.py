@@ -9,7 +9,7 @@ import os
 from setuptools import setup
 
 COMPILED = """
-engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py engine/fold_events.py
+engine/asked.py engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py engine/fold_events.py
 engine/fold_tasks.py engine/idle.py engine/kinds.py engine/lines.py engine/making.py engine/ports.py engine/scheduler.py
 engine/state.py engine/timers.py engine/turn.py
 engine/lifecycle.py engine/states.py

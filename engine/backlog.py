@@ -6,13 +6,13 @@ which nothing is free sleep, and cost nothing however long they are; what become
 
 from __future__ import annotations
 
-from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
+from engine.asked import Asked
 from engine.entities import Account, Group, Pod, Task, Tenant
-from engine.fit import Fit, places_on
+from engine.fit import places_on
 from engine.idle import IdlePods
-from engine.kinds import Kind, RoomLine, Shape, WarmLine, WarmSet, cap_of, rounded_up
+from engine.kinds import Kind, RoomLine, Shape, WarmLine, WarmSet, cap_of
 from engine.levels.ordering import AGED, ORDINARY
 from engine.levels.waiting import Waiting
 from engine.lines import Line, Parked, Rank
@@ -34,11 +34,7 @@ class Backlog:
     def __init__(self, state: State, profile: Profile) -> None:
         self.state = state
         self.profile = profile
-        self.kinds: dict[tuple[str, str, int, Demand], Kind] = {}
-        self._kind_of: dict[tuple[str, str, int, Demand], Kind] = {}
-        """As `kinds`, by demands as they are asked for, GPU memory and all."""
-        self.fits: dict[tuple[Demand, bool], Fit] = {}
-        self.shapes: dict[tuple[str, str, int, Demand, int, bool], Shape] = {}
+        self.asked = Asked(state, profile)
         self.room_lines: dict[tuple[Demand, bool, int, int], RoomLine] = {}
         self.bound: dict[int, dict[RoomLine, None]] = {}
         """Room lines of one node, by its row."""
@@ -80,8 +76,6 @@ class Backlog:
         self._cards: list[tuple[str, int]] = []
         self._topology = -1
         self._columns = 0
-        self._scorers = profile.scorer_values()
-        self._tie = profile.tie
         self._common = Tenant("", -1)
         ordering = profile.ordering
         self._rank = ordering.rank
@@ -99,9 +93,7 @@ class Backlog:
     def rebuild(self) -> None:
         """Build every index anew from the state."""
         state = self.state
-        self.kinds.clear()
-        self.fits.clear()
-        self.shapes.clear()
+        self.asked.clear()
         self.room_lines.clear()
         self.bound.clear()
         self.urgent = 0
@@ -110,7 +102,6 @@ class Backlog:
         self.active.clear()
         self.kinds_awake.clear()
         self.kinds_waiting.clear()
-        self._kind_of.clear()
         self.woken.clear()
         self.open_rooms.clear()
         self.parked.clear()
@@ -148,7 +139,7 @@ class Backlog:
         """Put a task into its lines."""
         shape: Shape | None = task.shape
         if shape is None:
-            shape = task.shape = self.shape_of(task)
+            shape = task.shape = self.asked.shape_of(task)
         group = task.group
         row, empty = -1, False
         if group is not None:
@@ -250,7 +241,7 @@ class Backlog:
             self.waiting.pod_changed(pod)
         warm = pod.warm
         if warm is None:
-            warm = pod.warm = self._kind(pod.method, pod.model, pod.slots, pod.demand).set_of(cap_of(pod))
+            warm = pod.warm = self.asked.kind(pod.method, pod.model, pod.slots, pod.demand).set_of(cap_of(pod))
             self.by_model.setdefault((pod.method, pod.model), {})[pod.number] = pod
         number, row, busy = pod.number, pod.node.index, len(pod.tasks)
         if busy >= pod.slots or not pod.usable:
@@ -434,43 +425,9 @@ class Backlog:
         self.preempt_at = self.preempt_armed_for = self.look_back_at = self.young_at = -1
         self.no_room_at = (-1, -1, -1, -1)
 
-    def shape_of(self, task: Task) -> Shape:
-        """Return what the task asks for."""
-        spec = task.spec
-        demand, memory = spec.demand, 0
-        if demand.gpus:
-            if task.alone:
-                memory = self._at_most_a_card(max(demand.gpu_memory_bytes, task.memory_floor), demand)
-            elif task.estimate is not None and self.profile.predicted_memory and demand.gpu_share < WHOLE_GPU:
-                memory = task.estimate.gpu_memory_bytes
-                if memory:
-                    memory = self._at_most_a_card(rounded_up(memory), demand)
-        key = (spec.method, spec.model, spec.slots, demand, memory, task.alone)
-        shape = self.shapes.get(key)
-        if shape is None:
-            slots = spec.slots
-            if task.alone and demand.gpus:
-                demand, slots = replace(demand, gpu_share=WHOLE_GPU, gpu_memory_bytes=memory), 1
-            elif memory:
-                demand = replace(demand, gpu_memory_bytes=memory)
-            shape = self.shapes[key] = Shape(self._kind(spec.method, spec.model, slots, demand), demand, slots)
-        return shape
-
-    def _at_most_a_card(self, memory_bytes: int, demand: Demand) -> int:
-        """Cap memory that was predicted or learned at the largest card; what the customer asked for stays."""
-        largest = self.state.cluster.largest_card(demand.gpu_models)
-        return min(memory_bytes, largest) if largest else memory_bytes
-
     def loose_line(self, demand: Demand) -> RoomLine:
         """Return a line of a demand that nobody stands in: for Pods that are made for no task."""
-        return RoomLine(self.fit(demand), -1, 1, {}, self._common)
-
-    def fit(self, demand: Demand, empty: bool = False) -> Fit:
-        """Return where a demand fits."""
-        fit = self.fits.get((demand, empty))
-        if fit is None:
-            fit = self.fits[demand, empty] = Fit(self.state.cluster, demand, self._scorers, empty, self._tie)
-        return fit
+        return RoomLine(self.asked.fit(demand), -1, 1, {}, self._common)
 
     def _forget(self, pod: Pod) -> None:
         key = (pod.method, pod.model)
@@ -495,22 +452,13 @@ class Backlog:
                 return node.index, False
         return -1, kind is Affinity.EXCLUSIVE
 
-    def _kind(self, method: str, model: str, slots: int, demand: Demand) -> Kind:
-        asked = (method, model, slots, demand)
-        kind = self._kind_of.get(asked)
-        if kind is None:
-            key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
-            kind = self.kinds.get(key)
-            if kind is None:
-                kind = self.kinds[key] = Kind(repr(key))
-            self._kind_of[asked] = kind
-        return kind
-
     def _room_line(self, demand: Demand, empty: bool, row: int, members: int) -> RoomLine:
         key = (demand, empty, row, members)
         line = self.room_lines.get(key)
         if line is None:
-            line = self.room_lines[key] = RoomLine(self.fit(demand, empty), row, members, self.parked, self._common)
+            line = self.room_lines[key] = RoomLine(
+                self.asked.fit(demand, empty), row, members, self.parked, self._common
+            )
             if row >= 0:
                 self.bound.setdefault(row, {})[line] = None
             else:

@@ -61,7 +61,7 @@ def _waiting(state: State, backlog: Backlog, profile: Profile, task: Task) -> li
         detail = f"tenant {tenant.name!r} runs {tenant.running} tasks, its limit is {tenant.max_running}"
         found.append(Blocker(Reason.TENANT_RUNNING_QUOTA, detail, missing=tenant.running - tenant.max_running + 1))
     found += _passed_over(state, backlog, profile, task)
-    shape = backlog.shape_of(task)
+    shape = backlog.asked.shape_of(task)
     nodes = state.cluster.nodes
     row, empty = backlog.where(task, shape)
     if row >= 0:

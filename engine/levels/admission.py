@@ -23,7 +23,7 @@ def admit(turn: Turn, task: Task) -> None:
 
 def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
     state, spec, tenant = turn.state, task.spec, task.tenant
-    shape: Shape = task.shape or turn.backlog.shape_of(task)
+    shape: Shape = task.shape or turn.backlog.asked.shape_of(task)
     task.shape = shape
     if shape.wrong is None:
         shape.wrong = invalid_demand(spec.demand)

@@ -26,7 +26,7 @@ def keep_warm(turn: Turn) -> None:
 
 
 def _create(turn: Turn, d: Deployment) -> bool:
-    node = turn.backlog.fit(d.demand).best()
+    node = turn.backlog.asked.fit(d.demand).best()
     grants = pick_gpus(node, d.demand) if node is not None else None
     if node is None or grants is None:
         return False

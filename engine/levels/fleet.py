@@ -150,7 +150,7 @@ def _start_ahead(turn: Turn) -> None:
     for each in forecast.models:
         lacking = wanted_ahead(turn, each) - len(backlog.by_model.get((each.method, each.model), ()))
         while lacking > 0 and created < CREATED_PER_CHECK:
-            node = backlog.fit(each.demand).best()
+            node = backlog.asked.fit(each.demand).best()
             grants = pick_gpus(node, each.demand) if node is not None else None
             if node is None or grants is None:
                 break
