@@ -103,4 +103,4 @@ class StepWatch:
         pace = self._pods[pod]
         gaps = self._gaps.get(pace.kind, ())
         known = f"the longest of the last {len(gaps)} took {max(gaps):.3g} s" if gaps else "none has been seen before"
-        return f"hung: no step for {now - pace.moved_at:.3g} s, {known}"
+        return f"no step for {now - pace.moved_at:.3g} s, {known}"

@@ -30,11 +30,18 @@ def main() -> None:
     else:
         from executors.devices import open_plugin
         from executors.dfs import open_store
+        from executors.pod_watch import Patience
         from executors.pods import LocalPodHost
 
-        plugin = open_plugin(f"cpu:{gpus}")
+        plugin = open_plugin(f"cpu:{gpus}" if kind == "pods" else f"file:{root / name}.gpus.json")
         local = LocalPodHost(
-            plugin, open_store((root / "files").as_uri()), state / "work", cgroups=False, warm=("light",)
+            plugin,
+            open_store((root / "files").as_uri()),
+            state / "work",
+            cgroups=False,
+            warm=("light",),
+            methods={"steps": "step_drill:Steps"},
+            patience=Patience(floor_s=1.0, factor=4.0),
         )
         host = local
         signal.signal(

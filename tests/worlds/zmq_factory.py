@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -47,7 +48,10 @@ class FeaturePayloads:
 
 
 class AgentProcess:
-    """One agent in its own process group; `kind` is ``pods`` (real Pod processes) or ``fake`` (Pods in memory)."""
+    """One agent in its own process group.
+
+    `kind` is ``pods`` (real Pod processes), ``file`` (the same, on the GPUs of `set_gpus`) or ``fake`` (Pods in memory).
+    """
 
     def __init__(self, home: Path, endpoint: str, scheduler_public: str, name: str, gpus: int, kind: str) -> None:
         self.name = name
@@ -177,6 +181,14 @@ class ZmqRig:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
 
 
+def set_gpus(root: Path, node: str, uuids: Sequence[str], ill: Sequence[str] = ()) -> None:
+    """Say which GPUs a node of the kind ``file`` has from now on."""
+    gpus = [{"uuid": u, "model": "a100", "memory_bytes": 1 << 30, "healthy": u not in ill} for u in uuids]
+    scratch = root / f"{node}.gpus.new"
+    scratch.write_text(json.dumps({"gpus": gpus}))
+    scratch.replace(root / f"{node}.gpus.json")
+
+
 def make_zmq_rig(
     nodes: int = 1,
     gpus: int = 1,
@@ -208,6 +220,8 @@ def make_zmq_rig(
             name = f"node-{number}"
             pair = curve.load_or_generate(root / f"{name}.key")
             curve.authorize(root / "authorized", name, pair.public)
+            if kind == "file":
+                set_gpus(root, name, [f"{name}-gpu-{index}" for index in range(gpus)])
             agents[name] = AgentProcess(root, world.endpoint, scheduler_keys.public, name, gpus, kind)
         rig.pump(lambda: sum(isinstance(event, NodeJoined) for event in rig.events) >= nodes)
     except BaseException:
@@ -216,4 +230,4 @@ def make_zmq_rig(
     return rig
 
 
-__all__ = ["AgentProcess", "FeaturePayloads", "NodeLost", "ZmqRig", "make_zmq_rig"]
+__all__ = ["AgentProcess", "FeaturePayloads", "NodeLost", "ZmqRig", "make_zmq_rig", "set_gpus"]
