@@ -9,6 +9,7 @@ from api.mq.messages import Message
 from api.ports import Expected, JobEvent, JobView, ModelView
 from api.support.jobs import Change, Job, Model, view_of
 from engine.ahead.foresight import Promise
+from engine.entities import Pod
 from engine.faults import is_cordoned
 from engine.reasons import Blocker
 from engine.state import State
@@ -99,6 +100,11 @@ def blockers_view(blockers: Sequence[Blocker]) -> list[dict[str, Any]]:
     return shown
 
 
+def _adapters(state: State, pod: Pod) -> list[str]:
+    """Return the personalised models that a Pod's tasks draw with."""
+    return sorted({adapter for name in pod.tasks if name in state.tasks for adapter in state.tasks[name].spec.adapters})
+
+
 def nodes_view(
     state: State,
     heard: Mapping[str, float],
@@ -139,6 +145,7 @@ def nodes_view(
                     "pod": pod.number,
                     "method": pod.method,
                     "model": pod.model,
+                    "adapters": _adapters(state, pod),
                     "state": pod.state.value,
                     "slots": pod.slots,
                     "tasks": sorted(pod.tasks),
