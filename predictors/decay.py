@@ -65,6 +65,13 @@ class DecayedMeans:
         cell[1] += weight * value
         self.cells[key] = cell
 
+    def fade(self, key: Hashable, keep: float) -> None:
+        """Let a key's observations count for a share of what they did."""
+        cell = self.cells.get(key)
+        if cell is not None:
+            cell[0] *= keep
+            cell[1] *= keep
+
     def rows(self) -> Iterator[tuple[Hashable, Cell]]:
         """Yield every key with its cell, the longest untouched first."""
         yield from self.cells.items()

@@ -15,7 +15,7 @@ import numpy as np
 
 from predictors.challenger import Challenger, ChallengerSettings, Refit, at_once, bounded
 from predictors.decay import DecayedMeans
-from predictors.drift import LevelShift
+from predictors.drift import LevelShift, OwnShifts
 from predictors.errors import SPREAD_COLUMNS, Errors
 from predictors.features import COVARIATES, Request
 from predictors.ladder import Ladder
@@ -40,7 +40,8 @@ _MEMORIES: tuple[tuple[float, float], ...] = (
     (10 * MINUTE_S, 4.0),
 )
 """The memory of each table of residuals, keyed by `Request.memories`, and how many observations its zero prior counts for."""
-_MODEL_30, _MODEL_6 = 6, 7
+_MODEL_LORA, _MODEL_30, _MODEL_6 = 5, 6, 7
+_FADED = 0.1
 _GROWTH = 0.5
 _FLOOR_S = 1e-3
 _SAYS_NOTHING = -0.5
@@ -110,6 +111,7 @@ class DurationModel:
         "ladder",
         "level",
         "settings",
+        "shifts",
     )
 
     def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
@@ -124,6 +126,7 @@ class DurationModel:
         self.declared = DecayedMeans(settings.ladder_memory_s, settings.cells)
         self.errors = DecayedMeans(settings.ladder_memory_s, 8)
         self.level = LevelShift()
+        self.shifts = OwnShifts()
         self._draws = 0
 
     def look(self, request: Request, now_s: float, frame: float = 0.0) -> Outlook:
@@ -252,7 +255,7 @@ class DurationModel:
                 centre += bounded(outlook.trees.predict(outlook.row))
                 scale = challenger.errors.scale(spread_row, outlook.model_weight)
         off = log_s - (outlook.centre - outlook.level)
-        self.level.hear(request.user, request.model, off, outlook.scale * NORMAL_SPREAD)
+        self._hear_drift(request, off, outlook.scale * NORMAL_SPREAD)
         if outlook.trees is not None:
             seconds = math.exp(min(log_s + outlook.level, 20.0))
             challenger.judge(
@@ -262,6 +265,19 @@ class DurationModel:
             challenger.errors.learn(log_s - (centre - outlook.level), scale, spread_row, drawn)
         self.champion.learn(champion_off, champion_scale, spread_row, drawn)
         challenger.learn(outlook.row, champion_off)
+
+    def _hear_drift(self, request: Request, off: float, sigma: float) -> None:
+        alarms = self.level.alarms
+        self.level.hear(request.user, request.model, off, sigma)
+        if self.level.alarms > alarms:
+            self.shifts.clear()
+            return
+        shift = self.shifts.hear(request.model, request.user, off, sigma)
+        if shift:
+            self.ladder.move(request.model, shift)
+            # The short memories have begun to say the same.
+            for table, key in zip(self._residual_means[_MODEL_LORA:], request.memories[_MODEL_LORA:-1], strict=False):
+                table.fade(key, _FADED)
 
     def _learn_residual(self, request: Request, outlook: Outlook, now_s: float, residual: float, weight: float) -> None:
         self.correction.learn(outlook.row[:_COLUMNS], residual, weight)

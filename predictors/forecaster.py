@@ -336,7 +336,7 @@ class OnlineForecaster:
             prediction,
             peak_bytes,
             tracked.allotted_bytes,
-            identity=f"{req_no}/{tracked.attempt}",
+            f"{req_no}/{tracked.attempt}",
         )
 
     def _prediction(self, now: Micros, req_no: str, tracked: _Tracked) -> Prediction:

@@ -87,6 +87,12 @@ class Ladder:
         while len(self.cells) > self.limit:
             del self.cells[next(iter(self.cells))]
 
+    def move(self, model: str, shift: float) -> None:
+        """Move all that is known of a model by so many log seconds."""
+        for key, cell in self.cells.items():
+            if key and key[0] == model:
+                cell[1] += shift * cell[0]
+
     def rows(self) -> Iterator[tuple[Key, Cell]]:
         """Yield every key with its cell, the longest untouched first."""
         yield from self.cells.items()

@@ -20,6 +20,7 @@ from predictors.duration import DurationModel, DurationSettings, Outlook
 from predictors.failure import FailureModel
 from predictors.features import Feature, Request, read_request
 from predictors.memory import GpuMemoryModel
+from predictors.residuals import NORMAL_SPREAD
 from predictors.speed import SpeedRatios
 
 LEVELS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
@@ -207,7 +208,8 @@ class Predictor:
             self.memory.learn(request, now_s, peak_gpu_memory_bytes)
             off = math.log(max(run_us, 1) / SECOND) - outlook.centre
             known = 0.0 if outlook.blind else outlook.model_weight / (outlook.model_weight + 4.0)
-            self.speeds.learn(request.method, gpu_model, now_s, off, known)
+            sigma = outlook.scale * NORMAL_SPREAD
+            self.speeds.learn(request.method, gpu_model, now_s, off, known, request.user, sigma)
             model.learn(request, outlook, now_s, seconds, self.speeds.trust(request.method, gpu_model, now_s))
         else:
             model.learn_censored(request, outlook, now_s, seconds)
@@ -238,7 +240,8 @@ def _times(
     if elapsed_us <= 0:
         times = [_micros(centre + scale * z) for z in pool.quantiles(LEVELS)]
         # A mean beyond P99 would be one freak's: in a young pool a single residual can weigh that much.
-        return min(times[12], int(math.exp(min(centre, 20.0)) * pool.smear(scale) * SECOND)), tuple(times)
+        mean = int(math.exp(min(centre, 20.0)) * pool.smear(scale) * SECOND)
+        return max(1, min(times[12], mean)), tuple(times)
     gone = (math.log(elapsed_us / SECOND) - centre) / scale
     times = [max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in LEVELS]
     points = [(i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)]
@@ -247,4 +250,4 @@ def _times(
 
 
 def _micros(log_s: float) -> Micros:
-    return min(LONGEST_US, round(math.exp(min(log_s, 20.0)) * SECOND))
+    return max(1, min(LONGEST_US, round(math.exp(min(log_s, 20.0)) * SECOND)))

@@ -6,9 +6,7 @@ a request's run time is learned only when the request had finished.
 
 from __future__ import annotations
 
-import heapq
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,9 +18,9 @@ from numpy.typing import NDArray
 
 from engine.tasks import SECOND
 from predictors import baselines
-from predictors.features import Feature
 from predictors.gentd26 import FAILED, SUCCEED, Row, read_rows
-from predictors.predictor import LEVELS, Outcome, Prediction, Predictor
+from predictors.predictor import LEVELS
+from predictors.replay import ELAPSED_S, PINBALL_LEVELS, Replay, Seen
 from predictors.scores import PointScores, auc, pinball, point_scores
 
 Progress = Callable[[float, str], None]
@@ -30,8 +28,6 @@ Series = NDArray[np.float64]
 
 ONLINE = "online hierarchy + residuals + RLS"
 TRAIN_SHARE = 0.7
-ELAPSED_S = (15, 30, 60)
-_PINBALL_LEVELS = tuple((i + 0.5) / 20 for i in range(20))
 _LEAST_ROWS = 50
 
 
@@ -157,7 +153,7 @@ def report(rows: Sequence[Row], progress: Progress | None = None, train_share: f
         raise ValueError(f"the trace has {len(succeeded)} succeeded requests; a report needs at least {_LEAST_ROWS}")
     trained = int(len(succeeded) * train_share)
     train, test = succeeded[:trained], succeeded[trained:]
-    replay = _Replay(test[0].submitted_us)
+    replay = Replay(test[0].submitted_us)
     replay.run(rows, lambda fraction: tell(0.75 * fraction, "replaying"))
     truth_s = np.array([row.run_us / SECOND for row in test])
     points: list[tuple[str, PointScores]] = []
@@ -192,84 +188,7 @@ _BASELINES: tuple[tuple[str, Callable[[Sequence[Row], Sequence[Row]], Series]], 
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """One request and what was predicted when it was submitted, in seconds."""
-
-    row: Row
-    mean_s: float
-    quantiles_s: tuple[float, ...]
-    pinball_s: tuple[float, ...]
-    """Quantiles at the levels of the pinball loss; empty outside the scored part."""
-    p90_after_s: tuple[float, ...]
-    failure_chance: float
-    finished_before: int
-
-
-class _Replay:
-    """Feeds a predictor the trace as it would have seen it."""
-
-    def __init__(self, score_from_us: int) -> None:
-        self.predictor = Predictor()
-        self.seen: list[_Seen] = []
-        self.predict_s: list[float] = []
-        self.observe_s: list[float] = []
-        self.score_from_us = score_from_us
-        self._running: list[tuple[int, int, Row, Prediction]] = []
-        self._in_flight: dict[str, int] = {}
-        self._finished: dict[str, int] = {}
-
-    def run(self, rows: Sequence[Row], tell: Callable[[float], None]) -> None:
-        every = max(1, len(rows) // 100)
-        for index, row in enumerate(rows):
-            if index % every == 0:
-                tell(index / len(rows))
-            self._learn_until(row.submitted_us)
-            self._submit(index, row)
-
-    def _submit(self, index: int, row: Row) -> None:
-        in_flight = {"in_flight": len(self._running), "in_flight_model": self._in_flight.get(row.model, 0)}
-        features: dict[str, Feature] = {**row.features(), **in_flight}
-        begun = time.perf_counter()
-        prediction = self.predictor.predict(features, row.submitted_us)
-        self.predict_s.append(time.perf_counter() - begun)
-        scored = row.submitted_us >= self.score_from_us
-        self.seen.append(
-            _Seen(
-                row=row,
-                mean_s=prediction.mean_us / SECOND,
-                quantiles_s=tuple(us / SECOND for us in prediction.quantiles_us),
-                pinball_s=tuple(us / SECOND for us in self.predictor.at(prediction, _PINBALL_LEVELS)) if scored else (),
-                p90_after_s=self._p90_after_s(row, prediction) if scored else (),
-                failure_chance=prediction.failure_chance,
-                finished_before=self._finished.get(row.model, 0),
-            )
-        )
-        if row.status in (SUCCEED, FAILED):
-            self._in_flight[row.model] = self._in_flight.get(row.model, 0) + 1
-            heapq.heappush(self._running, (row.submitted_us + row.run_us, index, row, prediction))
-
-    def _p90_after_s(self, row: Row, prediction: Prediction) -> tuple[float, ...]:
-        return tuple(
-            self.predictor.remaining(prediction, elapsed * SECOND).p90_us / SECOND
-            if row.run_us > elapsed * SECOND
-            else 0.0
-            for elapsed in ELAPSED_S
-        )
-
-    def _learn_until(self, now_us: int) -> None:
-        while self._running and self._running[0][0] <= now_us:
-            ended_us, _, row, prediction = heapq.heappop(self._running)
-            outcome = Outcome.FINISHED if row.status == SUCCEED else Outcome.FAILED
-            begun = time.perf_counter()
-            self.predictor.observe(prediction.request, ended_us, row.run_us, outcome, prediction=prediction)
-            self.observe_s.append(time.perf_counter() - begun)
-            self._in_flight[row.model] -= 1
-            if outcome is Outcome.FINISHED:
-                self._finished[row.model] = self._finished.get(row.model, 0) + 1
-
-
-def _calibration(truth_s: Series, scored: Sequence[_Seen]) -> Calibration:
+def _calibration(truth_s: Series, scored: Sequence[Seen]) -> Calibration:
     quantiles = np.array([seen.quantiles_s for seen in scored])
 
     def within(low: float, high: float) -> float:
@@ -286,12 +205,12 @@ def _calibration(truth_s: Series, scored: Sequence[_Seen]) -> Calibration:
         below_p50=below(0.5),
         below_p90=below(0.9),
         below_p99=below(0.99),
-        pinball_s=pinball(truth_s, np.array([seen.pinball_s for seen in scored]), _PINBALL_LEVELS),
+        pinball_s=pinball(truth_s, np.array([seen.pinball_s for seen in scored]), PINBALL_LEVELS),
         crossings=int((np.diff(quantiles, axis=1) < 0).sum()),
     )
 
 
-def _cold_start(seen: Sequence[_Seen]) -> tuple[ColdStart, ...]:
+def _cold_start(seen: Sequence[Seen]) -> tuple[ColdStart, ...]:
     # The very first requests of all know nothing of any model, so they say nothing about a new model.
     later = [one for one in seen[200:] if one.row.status == SUCCEED and one.row.run_us > 0]
     low, high = LEVELS.index(0.05), LEVELS.index(0.95)
@@ -312,7 +231,7 @@ def _cold_start(seen: Sequence[_Seen]) -> tuple[ColdStart, ...]:
     return tuple(cards)
 
 
-def _still_running(truth_s: Series, scored: Sequence[_Seen]) -> tuple[StillRunning, ...]:
+def _still_running(truth_s: Series, scored: Sequence[Seen]) -> tuple[StillRunning, ...]:
     plain = np.array([seen.quantiles_s[LEVELS.index(0.9)] for seen in scored])
     cards = []
     for place, elapsed in enumerate(ELAPSED_S):
@@ -329,7 +248,7 @@ def _still_running(truth_s: Series, scored: Sequence[_Seen]) -> tuple[StillRunni
     return tuple(cards)
 
 
-def _failures(replay: _Replay) -> Failures:
+def _failures(replay: Replay) -> Failures:
     ended = [s for s in replay.seen if s.row.status in (SUCCEED, FAILED) and s.row.submitted_us >= replay.score_from_us]
     failed = np.array([seen.row.status == FAILED for seen in ended])
     chance = np.array([seen.failure_chance for seen in ended])

@@ -18,6 +18,7 @@ import numpy as np
 from engine.tasks import Micros
 from predictors.challenger import ChallengerSettings, Refit, at_once
 from predictors.decay import DecayedMeans
+from predictors.drift import OwnShifts
 from predictors.duration import DurationModel, DurationSettings
 from predictors.errors import Errors
 from predictors.ladder import Ladder
@@ -93,7 +94,11 @@ def _predictor(predictor: Predictor) -> dict[str, Any]:
             "pool": predictor.memory.pool.state(),
             "floors": [[key, value] for key, value in predictor.memory.floors.items()],
         },
-        "speeds": {"reference": predictor.speeds.reference, "ratios": _rows(predictor.speeds.ratios.rows())},
+        "speeds": {
+            "reference": predictor.speeds.reference,
+            "ratios": _rows(predictor.speeds.ratios.rows()),
+            "shifts": _shifts(predictor.speeds.shifts),
+        },
     }
 
 
@@ -110,6 +115,7 @@ def _restored(document: dict[str, Any], refit: Refit) -> Predictor:
     predictor.memory.floors = {_key(key): value for key, value in memory["floors"]}
     predictor.speeds.reference = document["speeds"]["reference"]
     _fill(predictor.speeds.ratios, document["speeds"]["ratios"])
+    _fill_shifts(predictor.speeds.shifts, document["speeds"]["shifts"])
     return predictor
 
 
@@ -122,6 +128,7 @@ def _duration(model: DurationModel) -> dict[str, Any]:
         "champion": _errors(model.champion),
         "challenger": {"errors": _errors(model.challenger.errors), "standing": model.challenger.state()},
         "level": model.level.state(),
+        "shifts": _shifts(model.shifts),
         "draws": model.draws,
     }
 
@@ -136,6 +143,7 @@ def _restored_duration(document: dict[str, Any], refit: Refit) -> DurationModel:
     _fill_errors(model.challenger.errors, document["challenger"]["errors"])
     model.challenger.restore(document["challenger"]["standing"])
     model.level.restore(**document["level"])
+    _fill_shifts(model.shifts, document["shifts"])
     model.draws = document["draws"]
     return model
 
@@ -168,6 +176,15 @@ def _errors(errors: Errors) -> dict[str, Any]:
 def _fill_errors(errors: Errors, document: dict[str, Any]) -> None:
     _fill_recursion(errors.spread, document["spread"])
     errors.pool.restore(**document["pool"])
+
+
+def _shifts(shifts: OwnShifts) -> dict[str, Any]:
+    return {"alarms": shifts.alarms, "sums": list(shifts.rows())}
+
+
+def _fill_shifts(shifts: OwnShifts, document: dict[str, Any]) -> None:
+    shifts.alarms = document["alarms"]
+    shifts.sums = {name: (up, down, spoke) for name, up, down, spoke in document["sums"]}
 
 
 def _settings(document: dict[str, Any]) -> DurationSettings:

@@ -282,3 +282,61 @@ def test_missing_features_are_fine() -> None:
     prediction = Predictor().predict({}, 0)
     assert 0 < prediction.p50_us <= prediction.p99_us
     assert prediction.gpu_memory_bytes == 0
+
+
+def test_when_one_model_becomes_slower_its_own_history_follows_and_the_others_stay() -> None:
+    predictor = Predictor()
+    replay(predictor, stream(seed=9, count=1500))
+    after = [
+        (features, round(run_us * (1.6 if features["model"] == "photo" else 1.0)))
+        for features, run_us in stream(seed=9, count=2300)[1500:]
+    ]
+    predictions = replay(predictor, after, now=1500 * 20 * SECOND)
+    off = {
+        which: [
+            math.log(run / p.p50_us)
+            for (features, run), p in zip(after[200:], predictions[200:], strict=True)
+            if (features["model"] == "photo") is which
+        ]
+        for which in (True, False)
+    }
+    assert predictor.methods["text_to_image"].shifts.alarms == 1
+    assert predictor.methods["text_to_image"].level.alarms == 0
+    assert all(abs(sum(errors) / len(errors)) < 0.06 for errors in off.values())
+
+
+def test_when_one_gpu_model_becomes_slower_its_ratio_follows() -> None:
+    predictor, now = Predictor(), 0
+    for i, (features, run_us) in enumerate(stream(seed=6, count=1600)):
+        now += 20 * SECOND
+        gpu_model, slower = ("t4", 3.0 if i < 1200 else 6.0) if i % 2 else ("a100", 1.0)
+        prediction = predictor.predict(features, now, gpu_model)
+        predictor.observe(features, now, round(run_us * slower), gpu_model=gpu_model, prediction=prediction)
+    assert predictor.speeds.shifts.alarms == 1
+    ratio = predictor.speeds.log_ratio("text_to_image", "t4", now / SECOND)
+    assert math.exp(ratio) == pytest.approx(6.0, rel=0.15)
+
+
+def test_a_gpu_model_nobody_ran_on_starts_from_what_it_is_known_to_sustain() -> None:
+    predictor, now = Predictor(), 0
+    features = {"method": "text_to_image", "model": "m", "family": "sdxl"}
+    for _ in range(40):
+        now += 20 * SECOND
+        predictor.observe(features, now, 4 * SECOND, gpu_model="NVIDIA A100-SXM4-80GB")
+    slow = predictor.predict(features, now, "Tesla T4").p50_us
+    assert 15 * SECOND < slow < 40 * SECOND
+    assert predictor.predict(features, now, "unheard-of").p50_us == predictor.predict(features, now).p50_us
+    for _ in range(5):
+        now += 20 * SECOND
+        predictor.observe(features, now, 12 * SECOND, gpu_model="Tesla T4")
+    assert predictor.predict(features, now, "Tesla T4").p50_us == pytest.approx(12 * SECOND, rel=0.15)
+
+
+def test_a_new_model_of_a_known_family_starts_from_its_arithmetic() -> None:
+    predictor = Predictor()
+    small, large = (
+        predictor.predict({"method": "text_to_image", "model": "m", "family": family, "steps": 30}, 0).p50_us / SECOND
+        for family in ("sd15", "sdxl")
+    )
+    assert large == pytest.approx(3.5, rel=0.05)
+    assert 0.5 < small < 1.5
