@@ -70,14 +70,14 @@ class CapacityChecked:
 class Fleet:
     """The part of the state that tells how many nodes there may be, how many GPUs were in use, and what is expected."""
 
-    __slots__ = ("config", "forecast", "forecast_at", "grown_at", "peaks")
+    __slots__ = ("config", "forecast", "forecast_at", "changed_at", "peaks")
 
     def __init__(self) -> None:
         self.config: FleetConfigured | None = None
         self.forecast: DemandForecast | None = None
         self.forecast_at: Micros = 0
-        self.grown_at: Micros = 0
-        """When more nodes were asked for last."""
+        self.changed_at: Micros = 0
+        """When the number of nodes that are wanted changed last."""
         self.peaks: list[tuple[Micros, int]] = []
         """(when, thousandths of GPUs in use), later ones smaller: the first is the peak of the cool-down."""
 

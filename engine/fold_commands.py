@@ -142,8 +142,7 @@ def _expect(state: State, node: Node, model: str, now: Micros) -> None:
 
 def scale_nodes(state: State, now: Micros, c: ScaleNodes) -> None:
     """The number of nodes asked for."""
-    if c.nodes > state.wanted_nodes:
-        state.fleet.grown_at = now
+    state.fleet.changed_at = now
     state.wanted_nodes = c.nodes
 
 

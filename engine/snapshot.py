@@ -140,7 +140,7 @@ def _capacity(state: State) -> dict[str, Plain]:
         return {}
     config, forecast = to_plain(fleet.config), to_plain(fleet.forecast)
     peaks = [list(each) for each in fleet.peaks]
-    return {"fleet": [config, forecast, fleet.forecast_at, fleet.grown_at, peaks]}
+    return {"fleet": [config, forecast, fleet.forecast_at, fleet.changed_at, peaks]}
 
 
 def _faults(state: State) -> dict[str, Plain]:
@@ -268,7 +268,7 @@ def from_data(data: Plain) -> State:
 
 def _restore_capacity(state: State, data: Plain) -> None:
     fleet = state.fleet
-    config, forecast, fleet.forecast_at, fleet.grown_at, peaks = data
+    config, forecast, fleet.forecast_at, fleet.changed_at, peaks = data
     fleet.config = None if config is None else from_plain(FleetConfigured, config)
     fleet.forecast = None if forecast is None else from_plain(DemandForecast, forecast)
     fleet.peaks = [(at, used) for at, used in peaks]

@@ -6,12 +6,17 @@ misses, so that it comes out right in the long run whatever the demand does; sor
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, insort
+
 import numpy as np
 
 from predictors.demand_series import Floats
 
 LEVELS = (0.1, 0.5, 0.9, 0.95)
 """Quantiles that are promised."""
+_NORMAL = (-1.2816, 0.0, 1.2816, 1.6449)
+"""The normal distribution's quantiles at `LEVELS`."""
 POOL = 2_000
 """Errors that are remembered per series."""
 _ENOUGH = 60
@@ -34,10 +39,12 @@ class Calibration:
         """[series, levels]: the quantile of the pool that is taken for each promised one."""
         self.bias: Floats = np.ones((series, 2))
         """[series, (what came, what was expected)], decayed."""
+        self._sorted: dict[int, list[float]] = {}
 
     def begin(self, row: int) -> None:
         """Give a row to a new series."""
         self.seen[row] = 0.0
+        self._sorted.pop(row, None)
         self.levels[row] = LEVELS
         self.bias[row] = 1.0
 
@@ -46,9 +53,8 @@ class Calibration:
         rows = np.flatnonzero(active > 0)
         if not len(rows):
             return
-        place = self.seen[rows].astype(np.int64) % POOL
-        self.pool[rows, place] = standardised(came[rows], expected[rows])
-        self.seen[rows] += 1.0
+        for row, error in zip(rows.tolist(), standardised(came[rows], expected[rows]).tolist(), strict=True):
+            self._remember(row, error)
         held = came[rows, None] <= promised[rows] + 1e-9
         moved = self.levels[rows] + self.steps * (np.asarray(LEVELS) - held)
         self.levels[rows] = np.clip(moved, 0.001, 0.9995)
@@ -60,15 +66,36 @@ class Calibration:
         came, told = self.bias[row]
         return expected * min(2.0, max(0.5, float(came) / max(float(told), 1e-9)))
 
-    def promise(self, row: int, expected: float) -> Floats:
+    def promise(self, row: int, expected: float) -> list[float]:
         """Return the quantiles at `LEVELS` of one series, never negative and never crossing."""
         source = row if self.seen[row] >= _ENOUGH else 0
-        known = int(min(self.seen[source], POOL))
-        if known < _ENOUGH:
-            made = _unlearned(expected)
-        else:
-            made = restored(np.quantile(self.pool[source, :known], self.levels[source]), expected)
-        return np.maximum.accumulate(np.maximum(made, 0.0))
+        errors = self._sorted_errors(source)
+        found: list[float] = []
+        least = 0.0
+        for place, level in enumerate(self.levels[source].tolist()):
+            if len(errors) < _ENOUGH:
+                made = _unlearned(expected, _NORMAL[place])
+            else:
+                made = restored(_quantile(errors, level), expected)
+            least = max(least, made)
+            found.append(least)
+        return found
+
+    def _sorted_errors(self, row: int) -> list[float]:
+        """Return the errors that are remembered, ascending: kept beside the pool, and made anew after a restore."""
+        errors = self._sorted.get(row)
+        if errors is None:
+            errors = self._sorted[row] = sorted(self.pool[row, : int(min(self.seen[row], POOL))].tolist())
+        return errors
+
+    def _remember(self, row: int, error: float) -> None:
+        errors = self._sorted_errors(row)
+        place = int(self.seen[row]) % POOL
+        if self.seen[row] >= POOL:
+            del errors[bisect_left(errors, float(self.pool[row, place]))]
+        insort(errors, error)
+        self.pool[row, place] = error
+        self.seen[row] += 1.0
 
     def quantiles(self, expected: Floats, active: Floats) -> Floats:
         """Return `promise` for every series that is active, [series, levels]; others get zeros."""
@@ -84,14 +111,19 @@ def standardised(came: Floats, expected: Floats) -> Floats:
     return found
 
 
-def restored(error: Floats, expected: float) -> Floats:
-    """Return what would have come for errors as `standardised` gives them."""
-    found: Floats = np.expm1(np.log1p(expected) + np.clip(error / (expected + 2.0) ** 0.25, -20.0, 20.0))
-    return found
+def restored(error: float, expected: float) -> float:
+    """Return what would have come for an error as `standardised` gives it."""
+    return math.expm1(math.log1p(expected) + min(20.0, max(-20.0, error / (expected + 2.0) ** 0.25)))
 
 
-def _unlearned(expected: float) -> Floats:
-    """Quantiles of counts that nothing is known about yet: four times a Poisson's variance, as a normal in the square root."""
-    root, normal = np.sqrt(expected + 0.375), np.asarray((-1.2816, 0.0, 1.2816, 1.6449))
-    found: Floats = np.maximum(0.0, root + normal) ** 2 - 0.375
-    return found
+def _quantile(ascending: list[float], level: float) -> float:
+    at = level * (len(ascending) - 1)
+    below = int(at)
+    if below + 1 >= len(ascending):
+        return ascending[-1]
+    return ascending[below] + (at - below) * (ascending[below + 1] - ascending[below])
+
+
+def _unlearned(expected: float, normal: float) -> float:
+    """Return a quantile of a count that nothing is known about yet: four times a Poisson's variance, normal in the square root."""
+    return max(0.0, math.sqrt(expected + 0.375) + normal) ** 2 - 0.375

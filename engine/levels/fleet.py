@@ -52,7 +52,7 @@ def _scale(turn: Turn, config: FleetConfigured) -> None:
         turn.count(reason)
         turn.order(ScaleNodes(bounded, reason))
         return
-    if fleet.grown_at + config.cool_down_us > turn.now or not fleet.peaks:
+    if fleet.changed_at + config.cool_down_us > turn.now or not fleet.peaks:
         return
     least = max(bounded, _nodes_for(turn, config, fleet.peaks[0][1]), _by_forecast(turn, config, WITHHOLD_STARTS))
     kept = min(config.nodes_max, max(config.nodes_min, least))

@@ -26,9 +26,12 @@ from engine.protocol.fleet import NodeOffer
 from engine.resources import NodeSpec
 from engine.scheduler import Engine
 from engine.tasks import SECOND, Micros
+from predictors.challenger import ChallengerSettings
 from predictors.demand import DemandModel
 from predictors.demand_forecaster import DemandForecaster, keys_of
+from predictors.duration import DurationSettings
 from predictors.forecaster import OnlineForecaster
+from predictors.predictor import Predictor
 from sim.configuration import ConfigError
 from sim.fleet import Scaler, SimFleet, View
 from sim.metrics import Metrics
@@ -242,7 +245,8 @@ def run_one(plan: ElasticityPlan, way: str, dial: float, seed: int) -> Run:
     first = min(offer.nodes_max, first)
     fleet = SimFleet(world, offer, spec, scaler=scaler, fail_ppm=plan.fail_ppm, first=first)
     profile: Profile = profiles.load(plan.profile)
-    inner = OnlineForecaster()
+    # Trees on top of the predictor's residuals would change all ways alike, and take longer than the runs.
+    inner = OnlineForecaster(Predictor(DurationSettings(challenger=ChallengerSettings(refit_every=0))))
     forecaster: Forecaster = inner
     if way == OURS:
         profile = replace(profile, scale_fill_permille=round(1000 * dial), warm_ahead=True)

@@ -62,7 +62,10 @@ def test_a_node_that_is_to_leave_is_asked_not_killed(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     fleet = LocalFleet(
-        NodeOffer(2, 0, prefix="n-"), file, lambda name: Part(name, [sys.executable, "-c", code], tmp_path / "log"), print
+        NodeOffer(2, 0, prefix="n-"),
+        file,
+        lambda name: Part(name, [sys.executable, "-c", code], tmp_path / "log"),
+        print,
     )
     try:
         file.write(ScaleNodes(1, "forecast"))
