@@ -26,7 +26,7 @@ from executors.batching.company import StepShare
 from executors.batching.controls import ControlNets
 from executors.batching.requests import AdapterWeights, KeptPicture, PictureRequest
 from executors.batching.shared import SharedBatch, Stopped
-from executors.batching.shelf import AdapterShelf, usual_budget
+from executors.batching.shelf import AdapterShelf, usual_budget, usual_host_budget
 from executors.methods import device, inputs, pictures, pipelines, sampling
 from executors.methods.base import (
     Cancelled,
@@ -108,7 +108,9 @@ class TextToImage:
     def _open(self, loaded: pipelines.LoadedPipeline, capacity: int) -> SharedBatch:
         self._controls = ControlNets(loaded)
         batch = RunningBatch(loaded, capacity=capacity, controls=self._controls)
-        self._shelf = AdapterShelf(batch.bank, usual_budget(loaded.device))
+        self._shelf = AdapterShelf(
+            batch.bank, usual_budget(loaded.device), usual_host_budget(loaded.device)
+        )
         self._shared = SharedBatch(batch)
         return self._shared
 

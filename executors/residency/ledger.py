@@ -87,6 +87,10 @@ class TierLedger:
         self._put(name, replace(entry, uses=entry.uses + 1))
         return True
 
+    def order(self) -> list[str]:
+        """Return the entries, the one that is worth least first."""
+        return sorted(self._entries, key=lambda name: (self._entries[name].worth, self._entries[name].last_use))
+
     def plan(self, size_bytes: int) -> list[str] | None:
         """Return what would have to go for so many bytes, the first to go first; None when that is not enough room."""
         if size_bytes > self.budget_bytes:
