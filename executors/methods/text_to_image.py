@@ -108,9 +108,7 @@ class TextToImage:
     def _open(self, loaded: pipelines.LoadedPipeline, capacity: int) -> SharedBatch:
         self._controls = ControlNets(loaded)
         batch = RunningBatch(loaded, capacity=capacity, controls=self._controls)
-        self._shelf = AdapterShelf(
-            batch.bank, usual_budget(loaded.device), usual_host_budget(loaded.device)
-        )
+        self._shelf = AdapterShelf(batch.bank, usual_budget(loaded.device), usual_host_budget(loaded.device))
         self._shared = SharedBatch(batch)
         return self._shared
 
