@@ -97,7 +97,7 @@ class Challenger:
         self.serving = False
         self.rows: deque[NDArray[np.float32]] = deque(maxlen=settings.window)
         self.targets: deque[float] = deque(maxlen=settings.window)
-        self.losses: deque[tuple[float, float]] = deque(maxlen=settings.judged)
+        self.losses: tuple[deque[float], deque[float]] = (deque(maxlen=settings.judged), deque(maxlen=settings.judged))
         """Quantile losses in seconds of the champion and of the challenger, task by task."""
         self.refits = 0
         self._rising = tuple(rising)
@@ -108,10 +108,8 @@ class Challenger:
     @property
     def advantage(self) -> float:
         """Return by what share the challenger's loss over the judged tasks lies below the champion's; 0 before any."""
-        if not self.losses:
-            return 0.0
-        champion, challenger = np.array(self.losses).sum(axis=0)
-        return float(1.0 - challenger / champion) if champion > 0.0 else 0.0
+        champion, challenger = (sum(losses) for losses in self.losses)
+        return 1.0 - challenger / champion if champion > 0.0 else 0.0
 
     def learn(self, row: Vector, residual: float) -> None:
         """Learn what the champion missed in one task, in log seconds."""
@@ -127,9 +125,10 @@ class Challenger:
 
     def judge(self, champion: float, challenger: float) -> None:
         """Take both losses of one task, and decide now and then who serves."""
-        self.losses.append((champion, challenger))
+        self.losses[0].append(champion)
+        self.losses[1].append(challenger)
         self._since_judged += 1
-        if self._since_judged < _JUDGE_EVERY or len(self.losses) < self.settings.judged:
+        if self._since_judged < _JUDGE_EVERY or len(self.losses[0]) < self.settings.judged:
             return
         self._since_judged = 0
         advantage = self.advantage
@@ -163,7 +162,7 @@ class Challenger:
             "serving": self.serving,
             "rows": base64.b64encode(np.stack(self.rows).tobytes()).decode() if self.rows else "",
             "targets": list(self.targets),
-            "losses": list(self.losses),
+            "losses": [list(losses) for losses in self.losses],
             "refits": self.refits,
             "since_fit": self._since_fit if self._ask is None else self.settings.refit_every,
             "since_judged": self._since_judged,
@@ -177,7 +176,8 @@ class Challenger:
         if self.targets:
             flat = np.frombuffer(base64.b64decode(state["rows"]), dtype=np.float32)
             self.rows.extend(flat.reshape(len(self.targets), -1))
-        self.losses.extend((champion, challenger) for champion, challenger in state["losses"])
+        for losses, saved in zip(self.losses, state["losses"], strict=True):
+            losses.extend(saved)
         self.refits = state["refits"]
         self._since_fit = state["since_fit"]
         self._since_judged = state["since_judged"]

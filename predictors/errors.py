@@ -37,8 +37,8 @@ class Errors:
 
     def loss(self, centre: float, scale: float, seconds: float) -> float:
         """Return the mean quantile loss in seconds that a prediction of this centre and scale comes to."""
-        total = 0.0
-        for level in _LOSS_LEVELS:
-            over = seconds - math.exp(min(centre + scale * self.pool.quantile(level), 20.0))
+        total, exp = 0.0, math.exp
+        for level, residual in zip(_LOSS_LEVELS, self.pool.quantiles(_LOSS_LEVELS), strict=True):
+            over = seconds - exp(min(centre + scale * residual, 20.0))
             total += level * over if over >= 0.0 else (level - 1.0) * over
         return total / len(_LOSS_LEVELS)

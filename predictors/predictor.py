@@ -238,7 +238,10 @@ def _times(
 ) -> tuple[Micros, tuple[Micros, ...]]:
     centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool(outlook)
     if elapsed_us <= 0:
-        times = [_micros(centre + scale * z) for z in pool.quantiles(LEVELS)]
+        exp = math.exp
+        times = [round(exp(min(centre + scale * z, 20.0)) * SECOND) for z in pool.quantiles(LEVELS)]
+        if times[0] < 1 or times[-1] > LONGEST_US:
+            times = [max(1, min(LONGEST_US, us)) for us in times]
         # A mean beyond P99 would be one freak's: in a young pool a single residual can weigh that much.
         mean = int(math.exp(min(centre, 20.0)) * pool.smear(scale) * SECOND)
         return max(1, min(times[12], mean)), tuple(times)

@@ -34,7 +34,7 @@ class RecursiveLeastSquares:
         direction = self.covariance @ row
         gain = direction / (self.forgetting / weight + float(row @ direction))
         self.weights += gain * (target - float(row @ self.weights))
-        self.covariance -= np.outer(gain, direction)
+        self.covariance -= gain[:, None] * direction
         if float(self.covariance.trace()) < self._trace_cap:
             self.covariance /= self.forgetting
 

@@ -17,6 +17,8 @@ NORMAL_SPREAD = 1.9
 """A normal residual over the exponential of the mean log of its size has this standard deviation: exp(0.635)."""
 _GRID = 48
 _REFRESH = 16
+_REFRESH_QUANTILES = 8
+_SETTLED = 500
 
 
 class ResidualPool:
@@ -25,7 +27,7 @@ class ResidualPool:
     Beyond the extreme residuals the tail goes on exponentially with the mean excess of the outer twentieth.
     """
 
-    __slots__ = ("_grid", "_grid_age", "_latest", "_order", "_pseudo", "_sorted", "limit")
+    __slots__ = ("_grid", "_grid_age", "_latest", "_latest_age", "_order", "_pseudo", "_sorted", "limit")
 
     def __init__(self, limit: int = 2000) -> None:
         if limit < PSEUDO:
@@ -39,7 +41,8 @@ class ResidualPool:
         self._pseudo = PSEUDO
         self._grid: NDArray[np.float64] | None = None
         self._grid_age = 0
-        self._latest: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+        self._latest: dict[tuple[float, ...], tuple[float, ...]] = {}
+        self._latest_age = 0
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -60,7 +63,10 @@ class ResidualPool:
             oldest = self._order.popleft()
             del self._sorted[bisect_left(self._sorted, oldest)]
             self._pseudo = max(0, self._pseudo - 1)
-        self._latest = ((), ())
+        self._latest_age += 1
+        if self._latest_age >= _REFRESH_QUANTILES or len(self._order) < _SETTLED:
+            self._latest.clear()
+            self._latest_age = 0
         self._order.append(residual)
         insort(self._sorted, residual)
         self._grid_age += 1
@@ -80,10 +86,11 @@ class ResidualPool:
         return min(values[low + 1], values[low] + (place - low) * (values[low + 1] - values[low]))
 
     def quantiles(self, levels: tuple[float, ...]) -> tuple[float, ...]:
-        """Return `quantile` at several levels; asked again before the next `add`, they are at hand."""
-        if self._latest[0] != levels:
-            self._latest = (levels, tuple(self.quantile(level) for level in levels))
-        return self._latest[1]
+        """Return `quantile` at several levels; a settled pool works them out at every eighth residual only."""
+        found = self._latest.get(levels)
+        if found is None:
+            found = self._latest[levels] = tuple(self.quantile(level) for level in levels)
+        return found
 
     def below(self, residual: float) -> float:
         """Return the share of residuals below one: the inverse of `quantile`, in (0, 1)."""
@@ -115,14 +122,31 @@ class ResidualPool:
     def state(self) -> dict[str, object]:
         """Return the pool as plain values, oldest first."""
         grid = None if self._grid is None else self._grid.tolist()
-        return {"pseudo": self._pseudo, "order": list(self._order), "grid": grid, "grid_age": self._grid_age}
+        latest = [[list(levels), list(found)] for levels, found in self._latest.items()]
+        return {
+            "pseudo": self._pseudo,
+            "order": list(self._order),
+            "grid": grid,
+            "grid_age": self._grid_age,
+            "latest": latest,
+            "latest_age": self._latest_age,
+        }
 
-    def restore(self, pseudo: int, order: Iterable[float], grid: list[float] | None, grid_age: int) -> None:
+    def restore(
+        self,
+        pseudo: int,
+        order: Iterable[float],
+        grid: list[float] | None,
+        grid_age: int,
+        latest: list[list[list[float]]],
+        latest_age: int,
+    ) -> None:
         """Take over a saved pool."""
         self._order = deque(order)
         self._sorted = sorted(self._order)
         self._pseudo = pseudo
-        self._latest = ((), ())
+        self._latest = {tuple(levels): tuple(found) for levels, found in latest}
+        self._latest_age = latest_age
         self._grid = None if grid is None else np.array(grid)
         self._grid_age = grid_age
 
