@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from executors.batching import beginnings
+from executors.batching import admission
+from executors.batching.aside import Aside
 from executors.batching.conditions import PromptEncoder
 from executors.batching.controls import ControlNets
 from executors.batching.lora import AdapterBank
+from executors.batching.network import Network
 from executors.batching.previews import PreviewMap
 from executors.batching.requests import (
     BatchEvent,
@@ -33,13 +35,14 @@ from executors.memory.calls import CallMemory
 from executors.memory.meter import meter_of
 from executors.methods import device, sampling
 from executors.methods.base import InputRefused
-from executors.methods.parameters import MAX_SEED
 from executors.methods.pipelines import LoadedPipeline
 
 CAPACITY = 16
 """Pictures in the steps at once."""
 DECODED_AT_ONCE = 4
 """Finished pictures that are decoded between two steps at most: the others' steps wait no longer than that."""
+_IDLE_WAIT_S = 0.02
+"""How long a step without pictures waits for what is made aside: who comes meanwhile waits no longer."""
 
 _Bucket = tuple[int, int, bool, float, tuple[str, ...]]
 
@@ -55,8 +58,12 @@ class RunningBatch:
         decoded_at_once: int = DECODED_AT_ONCE,
         bank: AdapterBank | None = None,
         controls: ControlNets | None = None,
+        aside: Aside | None = None,
     ) -> None:
-        """Raises InputRefused for a model of a family that has no step loop here, ValueError for a capacity below 1."""
+        """With `aside`, pictures are begun and decoded by its threads while the steps go on.
+
+        Raises InputRefused for a model of a family that has no step loop here, ValueError for a capacity below 1.
+        """
         if loaded.family == "other":
             raise InputRefused(
                 "model", f"{type(loaded.pipe).__name__} has no step loop here; its requests run one after the other"
@@ -65,11 +72,18 @@ class RunningBatch:
             raise ValueError(f"capacity {capacity}, decoded_at_once {decoded_at_once}: both must be 1 or more")
         self.bank = bank or AdapterBank(loaded)
         self.controls = controls or ControlNets(loaded)
+        self._network = Network(loaded, self.bank, self.controls)
         self._loaded = loaded
         self._capacity = capacity
         self._decoded_at_once = decoded_at_once
         self._encoder = PromptEncoder(loaded, self.bank)
         self._previews: PreviewMap | None = None
+        # Parts that come to the device only while they are called cannot be called by two threads.
+        self._aside = None if loaded.residence.hooks else aside
+        # Nor can an adapter in the weights be made weaker for a prompt while a step needs it stronger.
+        self._begins_aside = self._aside is not None and loaded.adapter is None and not loaded.foreign_adapter
+        self._begun: dict[str, Trajectory] = {}
+        """Waiting pictures that could take part at once."""
         self._waiting: dict[str, KeptPicture] = {}
         self._running: dict[str, Trajectory] = {}
         self._denoised: dict[str, Trajectory] = {}
@@ -101,6 +115,7 @@ class RunningBatch:
 
     def pause(self, id: str) -> KeptPicture:
         """Take a picture out between two steps and return what it needs to go on, in host memory; raises KeyError."""
+        self._begun.pop(id, None)
         if id in self._waiting:
             return self._waiting.pop(id)
         trajectory = self._running.pop(id, None) or self._denoised.pop(id, None)
@@ -110,11 +125,14 @@ class RunningBatch:
 
     def resume(self, kept: KeptPicture) -> None:
         """Let a picture go on where it was kept, also in another batch of the same model; raises InputRefused."""
-        self._check(kept.request)
+        if kept.request.id in self:
+            raise InputRefused("id", f"{kept.request.id!r} is in the batch already")
+        admission.check(kept.request, self._loaded, self.bank, self.controls)
         self._waiting[kept.request.id] = kept
 
     def cancel(self, id: str) -> bool:
         """Drop a picture: it takes part in no further step and is not decoded; False when it is not here."""
+        self._begun.pop(id, None)
         places: tuple[dict[str, Any], ...] = (self._waiting, self._running, self._denoised)
         return any(place.pop(id, None) is not None for place in places)
 
@@ -123,8 +141,10 @@ class RunningBatch:
     def step(self) -> list[BatchEvent]:
         """Let in whom there is room for, take every running picture one step on, and decode some of the finished ones."""
         events: list[BatchEvent] = []
+        self._take_what_was_begun(events)
         self._fill(events)
         self._condition(events)
+        self._begin_aside()
         buckets: dict[_Bucket, list[Trajectory]] = {}
         for trajectory in self._running.values():
             buckets.setdefault(self._bucket(trajectory), []).append(trajectory)
@@ -134,18 +154,21 @@ class RunningBatch:
             limit = min(planned, self._call_limits.get((width, height), self._capacity))
             for start in range(0, len(members), limit):
                 self._advance(members[start : start + limit], events)
-        self._decode(events)
+        if self._aside is None:
+            self._decode(events)
+        else:
+            self._decode_aside(self._aside, events, idle=not buckets)
         return events
 
     def _fill(self, events: list[BatchEvent]) -> None:
         """Let waiting pictures in, the most urgent first; where all places are taken a less urgent one goes back to wait."""
-        arrival = {id: number for number, id in enumerate(self._waiting)}
-        order = sorted(
-            self._waiting.values(),
-            key=lambda kept: (-kept.request.priority, not kept.done, kept.request.place, arrival[kept.request.id]),
-        )
-        for kept in order:
+        nobody = not self._running
+        highest = max((t.request.priority for t in self._running.values()), default=0)
+        for kept in self._in_order():
             request = kept.request
+            trajectory = self._begun.get(request.id)
+            if trajectory is None and self._begins_aside and not nobody and request.priority <= highest:
+                continue  # It is begun aside first: no step waits for it, and what is urgent waits for no step.
             if len(self._running) >= self._capacity:
                 # Of the least urgent the one that is least far: it has the most left to do anyway.
                 least = min(self._running.values(), key=lambda t: (t.request.priority, t.done))
@@ -154,14 +177,63 @@ class RunningBatch:
                 self._waiting[least.request.id] = self.pause(least.request.id)
                 events.append(SetAside(least.request.id))
             del self._waiting[request.id]
+            self._begun.pop(request.id, None)
             try:
-                trajectory = Trajectory(self._loaded, request, kept)
+                trajectory = trajectory or Trajectory(self._loaded, request, kept)
             except Exception as error:
                 events.append(Failed(request.id, error))
                 continue
             events.append(Entered(request.id))
             place = self._running if trajectory.done < trajectory.total else self._denoised
             place[request.id] = trajectory
+
+    def _in_order(self) -> list[KeptPicture]:
+        """The waiting pictures as they may enter: the most urgent first, then those that have begun, then as they came."""
+        arrival = {id: number for number, id in enumerate(self._waiting)}
+        return sorted(
+            self._waiting.values(),
+            key=lambda kept: (-kept.request.priority, not kept.done, kept.request.place, arrival[kept.request.id]),
+        )
+
+    def _begin_aside(self) -> None:
+        """Have those that enter next begun while the step goes on: their noise or picture, and their prompt."""
+        if not self._begins_aside or self._aside is None or self._aside.busy("begin"):
+            return
+        following = [kept for kept in self._in_order()[: self._capacity] if kept.request.id not in self._begun]
+        if following:
+            self._aside.start("begin", lambda: [self._begin(kept) for kept in self._encoded_ahead(following)])
+
+    def _encoded_ahead(self, following: list[KeptPicture]) -> list[KeptPicture]:
+        """Encode prompts together, so that each finds its own remembered; one that fails is told when it is begun."""
+        try:
+            self._encoder.encode([kept.request for kept in following])
+        except Exception:
+            device.forget_unused(self._loaded.device)
+        return following
+
+    def _begin(self, kept: KeptPicture) -> tuple[KeptPicture, Trajectory | Exception]:
+        try:
+            trajectory = Trajectory(self._loaded, kept.request, kept)
+            self._encode([trajectory])
+        except Exception as error:
+            return kept, error
+        return kept, trajectory
+
+    def _take_what_was_begun(self, events: list[BatchEvent]) -> None:
+        begun: list[tuple[KeptPicture, Trajectory | Exception]] = []
+        if self._aside is not None:
+            begun = self._aside.take("begin") or []
+        for kept, made in begun:
+            id = kept.request.id
+            if self._waiting.get(id) is not kept:
+                continue  # It was cancelled or taken out meanwhile, or has entered by itself.
+            if isinstance(made, Exception):
+                del self._waiting[id]
+                events.append(Failed(id, made))
+            else:
+                assert self._aside is not None
+                self._aside.hand_over(made.tensors())
+                self._begun[id] = made
 
     def _condition(self, events: list[BatchEvent]) -> None:
         """Encode the prompts of those that have just entered; when a batch of them fails, each is tried alone."""
@@ -233,7 +305,7 @@ class RunningBatch:
         request = members[0].request
         rows = 2 if members[0].guided else 1
         with self.memory.call("step", request.width, request.height, rows, [t.request.id for t in members]):
-            return self._predict(members)
+            return self._network.guesses(members)
 
     def _take_or_fail(self, trajectory: Trajectory, guess: torch.Tensor, events: list[BatchEvent]) -> None:
         try:
@@ -252,107 +324,58 @@ class RunningBatch:
             shown = trajectory.latents if trajectory.guess_of_end is None else trajectory.guess_of_end
             events.append(Previewed(request.id, trajectory.done, self._previews.show(shown)))
 
-    @torch.no_grad()
-    def _predict(self, members: Sequence[Trajectory]) -> list[torch.Tensor]:
-        """One call of the network: each guided picture has two rows, the negative one first, as the plain pipeline has them."""
-        each = 2 if members[0].guided else 1
-        rows: list[torch.Tensor] = []
-        states: list[torch.Tensor] = []
-        for trajectory in members:
-            conditioning = trajectory.conditioning
-            assert conditioning is not None
-            rows += [trajectory.input()] * each
-            states += (
-                [conditioning.positive]
-                if conditioning.negative is None
-                else [conditioning.negative, conditioning.positive]
-            )
-        times = torch.stack([trajectory.time for trajectory in members]).float().repeat_interleave(each)
-        extra: dict[str, Any] = {}
-        if members[0].times_condition is not None:
-            extra["timestep_cond"] = torch.cat([t.times_condition for t in members if t.times_condition is not None])
-        if self._loaded.family == "sdxl":
-            extra["added_cond_kwargs"] = self._sizes_and_pooled(members)
-        elif self._loaded.family == "sd3":
-            extra["pooled_projections"] = self._pooled(members)
-        inputs, times, followed = torch.cat(rows), times.to(self._loaded.device), torch.cat(states)
-        if members[0].request.controls:
-            extra |= self._controlled(members, each, inputs, times, followed, extra)
-        if beginnings.takes_parts(self._loaded):
-            seen = [part for trajectory in members for part in [trajectory.seen()] * each if part is not None]
-            inputs = torch.cat([inputs, torch.cat(seen)], dim=1)
-        with self.bank.applied([trajectory.request.adapters for trajectory in members]):
-            guess = self._call(inputs, times, followed, extra)
-        return list(torch.split(guess, each))
-
-    def _call(
-        self, inputs: torch.Tensor, times: torch.Tensor, states: torch.Tensor, extra: dict[str, Any]
-    ) -> torch.Tensor:
-        network = self._loaded.denoiser
-        if self._loaded.family == "sd3":
-            guess = network(inputs, timestep=times, encoder_hidden_states=states, **extra)
-        else:
-            guess = network(inputs, times, encoder_hidden_states=states, **extra)
-        result: torch.Tensor = guess.sample
-        return result
-
-    def _controlled(
-        self,
-        members: Sequence[Trajectory],
-        each: int,
-        rows: torch.Tensor,
-        times: torch.Tensor,
-        states: torch.Tensor,
-        extra: dict[str, Any],
-    ) -> dict[str, Any]:
-        """What the ControlNets of a bucket add to the blocks of the UNet."""
-        names = [control.name for control in members[0].request.controls]
-        numbers = range(len(names))
-        pictures = [torch.cat([t.control(number) for t in members for _ in range(each)]) for number in numbers]
-        scales = [[t.control_scale(number) for t in members for _ in range(each)] for number in numbers]
-        known = {name: extra[name] for name in ("added_cond_kwargs",) if name in extra}
-        return self.controls.residuals(names, rows, times, states, pictures, scales, **known)
-
-    def _sizes_and_pooled(self, members: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        """SDXL's further inputs, the rows of each picture together."""
-        own = [
-            sampling.sdxl_conditions(self._loaded, t.conditioning, 1, t.request.width, t.request.height)
-            for t in members
-            if t.conditioning is not None
-        ]
-        return {name: torch.cat([each[name] for each in own]) for name in own[0]}
-
-    @staticmethod
-    def _pooled(members: Sequence[Trajectory]) -> torch.Tensor:
-        """The pooled text states of a transformer's pictures, the negative one of each first."""
-        found = [t.conditioning for t in members if t.conditioning is not None]
-        pooled = [part for one in found for part in (one.pooled_negative, one.pooled_positive) if part is not None]
-        return torch.cat(pooled)
-
     def _decode(self, events: list[BatchEvent]) -> None:
         """Decode the oldest finished pictures, those of one size together."""
         if not self._denoised:
             return
+        for trajectory, picture in self._decoded(*self._next_to_decode()):
+            self._hand_out(trajectory, picture, events)
+        self._loaded.residence.rest()
+
+    def _next_to_decode(self) -> tuple[list[Trajectory], bool]:
+        """The oldest finished pictures of one size, as many as may be decoded together, and whether in tiles."""
         first = next(iter(self._denoised.values()))
         planned = self.memory.decide(first.request.width, first.request.height, 1)
         alike = [t for t in self._denoised.values() if t.latents.shape == first.latents.shape]
-        alike = alike[: min(self._decoded_at_once, planned.decoded_at_once)]
+        return alike[: min(self._decoded_at_once, planned.decoded_at_once)], planned.tiled
+
+    def _decoded(self, alike: list[Trajectory], tiled: bool, measured: bool = True) -> list[tuple[Trajectory, Any]]:
+        """Decode pictures together, or each alone where that fails; an error stands in the place of its picture."""
         try:
-            made: list[Any] = self._decode_together(alike, planned.tiled)
+            made: list[Any] = self._decode_together(alike, tiled, measured)
         except Exception as error:
             if len(alike) == 1 and not device.is_out_of_memory(error):
                 made = [error]
             else:
                 made = [self._decode_alone(trajectory) for trajectory in alike]
-        self._loaded.residence.rest()
-        for trajectory, picture in zip(alike, made, strict=True):
-            id = trajectory.request.id
-            del self._denoised[id]
-            share = self.memory.take_share(id)
-            events.append(Failed(id, picture) if isinstance(picture, Exception) else Finished(id, picture, share))
+        return list(zip(alike, made, strict=True))
 
-    def _decode_together(self, alike: Sequence[Trajectory], tiled: bool) -> list[Any]:
+    def _hand_out(self, trajectory: Trajectory, picture: Any, events: list[BatchEvent]) -> None:
+        id = trajectory.request.id
+        del self._denoised[id]
+        share = self.memory.take_share(id)
+        events.append(Failed(id, picture) if isinstance(picture, Exception) else Finished(id, picture, share))
+
+    def _decode_aside(self, aside: Aside, events: list[BatchEvent], idle: bool) -> None:
+        """Take what was decoded while the step went on and have the next ones decoded; wait a little when nobody steps."""
+        if idle:
+            aside.wait(_IDLE_WAIT_S)
+        done: list[tuple[Trajectory, Any]] = aside.take("decode") or []
+        for trajectory, picture in done:
+            if self._denoised.get(trajectory.request.id) is trajectory:
+                self._hand_out(trajectory, picture, events)
+        if aside.busy("decode") or not self._denoised:
+            return
+        alike, tiled = self._next_to_decode()
+        measured = idle and not aside.busy("begin")
+        aside.start("decode", lambda: self._decoded(alike, tiled, measured))
+        if idle and not self._waiting:
+            aside.wait(_IDLE_WAIT_S)
+
+    def _decode_together(self, alike: Sequence[Trajectory], tiled: bool, measured: bool = True) -> list[Any]:
         request = alike[0].request
+        if not measured:  # What the steps take at the same time would be counted too.
+            return sampling.decode(self._loaded, torch.cat([t.latents for t in alike]), tiled=tiled)
         with self.memory.call("decode", request.width, request.height, 1, [t.request.id for t in alike], tiled=tiled):
             return sampling.decode(self._loaded, torch.cat([t.latents for t in alike]), tiled=tiled)
 
@@ -380,45 +403,3 @@ class RunningBatch:
         request = trajectory.request
         controls = tuple(control.name for control in request.controls)
         return (request.width, request.height, trajectory.guided, request.adapter_scale, controls)
-
-    def _check(self, request: PictureRequest) -> None:
-        if request.id in self:
-            raise InputRefused("id", f"{request.id!r} is in the batch already")
-        if not request.id:
-            raise InputRefused("id", "must not be empty")
-        if request.steps < 1:
-            raise InputRefused("steps", f"must be 1 or more, not {request.steps}")
-        if not 0 <= request.seed <= MAX_SEED * 2:
-            raise InputRefused("seed", f"must be 0 or more, not {request.seed}")
-        if request.scheduler is not None and request.scheduler not in sampling.SCHEDULERS:
-            raise InputRefused(
-                "scheduler", f"{request.scheduler!r} is unknown; choose from {', '.join(sampling.SCHEDULERS)}"
-            )
-        if request.scheduler is not None and request.scheduler not in sampling.offered(self._loaded.pipe):
-            raise InputRefused("scheduler", f"{self._loaded.model.id} keeps its own sampler; leave scheduler out")
-        grain = self._loaded.size_grain
-        for name, value in (("width", request.width), ("height", request.height)):
-            if value < grain or value % grain:
-                raise InputRefused(name, f"must be a multiple of {grain} for {self._loaded.model.id}, not {value}")
-        beginnings.check(self._loaded, request)
-        self._check_controls(request)
-        for name, _weight in request.adapters:
-            if name not in self.bank:
-                raise InputRefused("adapters", f"{name!r} is not loaded here; load it before the request enters")
-
-    def _check_controls(self, request: PictureRequest) -> None:
-        names = [control.name for control in request.controls]
-        if names != sorted(set(names)):
-            raise InputRefused("control", "must name different ControlNets, in the order of their names")
-        if names and beginnings.takes_parts(self._loaded):
-            raise InputRefused(
-                "control", f"{self._loaded.model.id} was made for inpainting and takes no ControlNet here"
-            )
-        for control in request.controls:
-            if control.name not in self.controls:
-                raise InputRefused("control", f"{control.name!r} is not loaded here; load it before the request enters")
-            if control.picture.size != (request.width, request.height):
-                wide, high = control.picture.size
-                raise InputRefused(
-                    "control", f"is {wide}x{high}, the picture to make is {request.width}x{request.height}"
-                )

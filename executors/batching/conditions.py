@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,17 @@ class PromptEncoder:
         self._loaded = loaded
         self._bank = bank
         self._known: OrderedDict[_Key, sampling.Conditioning] = OrderedDict()
+        self._alone_at_it = threading.Lock()
 
     def encode(self, requests: Sequence[PictureRequest]) -> list[sampling.Conditioning]:
-        """Encode the prompts of requests, in their order; one that is alone goes exactly the plain pipeline's way."""
+        """Encode the prompts of requests, in their order; one that is alone goes exactly the plain pipeline's way.
+
+        Any thread may call it; one waits for the other.
+        """
+        with self._alone_at_it:
+            return self._encode(requests)
+
+    def _encode(self, requests: Sequence[PictureRequest]) -> list[sampling.Conditioning]:
         keys = [self._key(request) for request in requests]
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
@@ -63,7 +72,7 @@ class PromptEncoder:
         if len(requests) == 1 or self._loaded.family != "sd":
             # SDXL zeroes an absent negative prompt, which a list of prompts cannot say one by one.
             return [self._alone(request, guided) for request in requests]
-        with self._bank.applied([request.adapters for request in requests]):
+        with self._bank.applied([request.adapters for request in requests], "text"):
             positive, negative = self._loaded.pipe.encode_prompt(
                 [request.prompt for request in requests],
                 device=self._loaded.device,
@@ -77,5 +86,5 @@ class PromptEncoder:
         ]
 
     def _alone(self, request: PictureRequest, guided: bool) -> sampling.Conditioning:
-        with self._bank.applied([request.adapters]):
+        with self._bank.applied([request.adapters], "text"):
             return sampling.encode_prompt(self._loaded, request.prompt, request.negative_prompt, guided)

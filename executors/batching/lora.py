@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,8 @@ from executors.methods.pipelines import LoadedPipeline
 SLOTS = 64
 """Different sets of adapters that stay written; more are made when one call needs more."""
 MAX_RANK = 512
+Place = Literal["text", "steps"]
+_Pairs = dict[str, dict[str, lora_files.Pair]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,16 @@ class AdapterBank:
             for name, module in whole.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         }
+        # Prompts are encoded by another thread than the one that steps: neither may touch what the other one uses.
+        self._places = {
+            where: _Slots({key: layer for key, layer in self._layers.items() if _place_of(key) == where})
+            for where in ("text", "steps")
+        }
         unet = getattr(loaded.pipe, "unet", None)
         self._names = lora_files.LayerNames(self._layers, None if unet is None else unet.config)
         self._guard = threading.Lock()
         """Held while adapters come and go: other threads add them while calls are under way."""
-        self._pairs: dict[str, dict[str, lora_files.Pair]] = {}
-        self._written: OrderedDict[AdapterWeights, int] = OrderedDict()
-        self._rank = 0
-        self._applied: tuple[int, ...] = ()
+        self._pairs: _Pairs = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._pairs
@@ -113,18 +117,51 @@ class AdapterBank:
 
     def _remove(self, name: str) -> None:
         if self._pairs.pop(name, None) is not None:
-            for written in [written for written in self._written if any(each == name for each, _ in written)]:
-                del self._written[written]
+            for slots in self._places.values():
+                slots.forget(name)
 
     @contextmanager
-    def applied(self, sets: Sequence[AdapterWeights]) -> Iterator[None]:
-        """Within this, the rows of a call belong to as many requests, in order and equally many each; raises KeyError."""
+    def applied(self, sets: Sequence[AdapterWeights], where: Place | None = None) -> Iterator[None]:
+        """Within this, the rows of a call belong to as many requests, in order and equally many each; raises KeyError.
+
+        `where` says whose calls: the text encoders', the stepped network's, or both. One thread at a time for each.
+        """
         wanted = [tuple(sorted(each)) for each in sets]
         if not any(wanted):
             yield
             return
+        places = [slots for name, slots in self._places.items() if where in (None, name)]
         with self._guard:
-            index = self._index(wanted)
+            indices = [slots.index(wanted, self._pairs) for slots in places]
+        for slots, index in zip(places, indices, strict=True):
+            slots.begin(index)
+        try:
+            yield
+        finally:
+            for slots in places:
+                slots.end()
+
+
+def _place_of(key: str) -> Place:
+    return "text" if key.startswith("text_encoder") else "steps"
+
+
+class _Slots:
+    """Sets of adapters written into the layers of one place."""
+
+    def __init__(self, layers: dict[str, _Layer]) -> None:
+        self._layers = layers
+        self._written: OrderedDict[AdapterWeights, int] = OrderedDict()
+        self._rank = 0
+        self._applied: tuple[int, ...] = ()
+
+    def forget(self, name: str) -> None:
+        """Forget the sets that an adapter is part of."""
+        for written in [written for written in self._written if any(each == name for each, _ in written)]:
+            del self._written[written]
+
+    def begin(self, index: tuple[int, ...]) -> None:
+        """Have the layers add the sets of these slots from now on."""
         touched = [layer for layer in self._layers.values() if layer.down is not None]
         if index != self._applied:
             for layer in touched:
@@ -132,31 +169,31 @@ class AdapterBank:
             self._applied = index
         for layer in touched:
             layer.active = True
-        try:
-            yield
-        finally:
-            for layer in touched:
-                layer.active = False
 
-    def _index(self, wanted: list[AdapterWeights]) -> tuple[int, ...]:
-        """Return the slot of each set, after writing those that are not written yet."""
+    def end(self) -> None:
+        """Have the layers add nothing."""
+        for layer in self._layers.values():
+            layer.active = False
+
+    def index(self, wanted: list[AdapterWeights], pairs: _Pairs) -> tuple[int, ...]:
+        """Return the slot of each set, after writing those that are not written yet; raises KeyError."""
         different = list(dict.fromkeys([(), *wanted]))
         for each in different:
             for name, _ in each:
-                if name not in self._pairs:
-                    raise KeyError(f"adapter {name!r} is not loaded here; it has {', '.join(self._pairs) or 'none'}")
+                if name not in pairs:
+                    raise KeyError(f"adapter {name!r} is not loaded here; it has {', '.join(pairs) or 'none'}")
         missing = [each for each in different if each not in self._written]
         if missing:
-            self._make_room(different, missing)
+            self._make_room(different, missing, pairs)
             for each in missing:
-                self._write(each)
+                self._write(each, pairs)
         for each in different:
             self._written.move_to_end(each)
         return tuple(self._written[each] for each in wanted)
 
-    def _make_room(self, different: list[AdapterWeights], missing: list[AdapterWeights]) -> None:
-        rank = max(self._rank_of(each) for each in missing)
-        keys = {key for each in missing for name, _ in each for key in self._pairs[name]}
+    def _make_room(self, different: list[AdapterWeights], missing: list[AdapterWeights], pairs: _Pairs) -> None:
+        rank = max(self._rank_of(each, pairs) for each in missing)
+        keys = {key for each in missing for name, _ in each for key in pairs[name] if key in self._layers}
         grows = rank > self._rank or any(self._layers[key].down is None for key in keys)
         slots = max(SLOTS, len(different))
         if grows or len(different) > self._slots():
@@ -172,21 +209,24 @@ class AdapterBank:
             del self._written[each]
 
     def _slots(self) -> int:
-        return max((len(layer.down) for layer in self._layers.values() if layer.down is not None), default=0)
+        sizes = [len(layer.down) for layer in self._layers.values() if layer.down is not None]
+        return max(sizes, default=len(self._written) + SLOTS)
 
-    def _rank_of(self, adapted: AdapterWeights) -> int:
+    def _rank_of(self, adapted: AdapterWeights, pairs: _Pairs) -> int:
         ranks: dict[str, int] = {}
         for name, _ in adapted:
-            for key, (down, _up) in self._pairs[name].items():
+            for key, (down, _up) in pairs[name].items():
+                if key not in self._layers:
+                    continue
                 ranks[key] = ranks.get(key, 0) + len(down)
         return max(ranks.values(), default=0)
 
-    def _write(self, adapted: AdapterWeights) -> None:
+    def _write(self, adapted: AdapterWeights, pairs: _Pairs) -> None:
         used = set(self._written.values())
         slot = next(slot for slot in range(self._slots()) if slot not in used)
         for key, layer in self._layers.items():
             if layer.down is not None:
-                parts = [(*self._pairs[name][key], weight) for name, weight in adapted if key in self._pairs[name]]
+                parts = [(*pairs[name][key], weight) for name, weight in adapted if key in pairs[name]]
                 layer.write(slot, parts)
         self._written[adapted] = slot
         self._applied = ()

@@ -60,6 +60,16 @@ class Trajectory:
         result: torch.Tensor = self._scheduler.scale_model_input(self.latents, self.time)
         return result
 
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Everything on the device that the first step uses."""
+        one, own = self.conditioning, self._painting
+        found: list[torch.Tensor | None] = [self.latents, self.times_condition]
+        if one is not None:
+            found += [one.positive, one.negative, one.pooled_positive, one.pooled_negative]
+        if own is not None:
+            found += [own.mask, own.own, own.noise, own.seen]
+        return found
+
     def seen(self) -> torch.Tensor | None:
         """What a network made for inpainting sees besides: the mask and the rest of the picture."""
         painting = self._painting

@@ -267,7 +267,7 @@ def encode_image(
     """
     vae = loaded.pipe.vae
     config = vae.config
-    upcast = loaded.dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
+    upcast = loaded.dtype == torch.float16 and loaded.family == "sdxl" and bool(getattr(config, "force_upcast", False))
     precision = torch.float32 if upcast else loaded.dtype
     with loaded.vae_precision(precision):
         encoded = vae.encode(pixels.to(loaded.device, precision))

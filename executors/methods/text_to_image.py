@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from executors.batching import kept_files
+from executors.batching.aside import Aside
 from executors.batching.batch import RunningBatch
 from executors.batching.company import StepShare
 from executors.batching.controls import ControlNets
@@ -65,6 +66,7 @@ class TextToImage:
         self._shared: SharedBatch | None = None
         self._shelf: AdapterShelf | None = None
         self._controls: ControlNets
+        self._aside: Aside | None = None
         self._served = False
         """Whether another thread takes the steps of all runs."""
 
@@ -101,13 +103,14 @@ class TextToImage:
         if loaded.family == "other":
             return False
         device.start_peak(loaded.device)
-        self._open(loaded, max(MAX_BATCH, slots))
+        self._aside = Aside(loaded.device)
+        self._open(loaded, max(MAX_BATCH, slots), self._aside)
         self._served = True
         return True
 
-    def _open(self, loaded: pipelines.LoadedPipeline, capacity: int) -> SharedBatch:
+    def _open(self, loaded: pipelines.LoadedPipeline, capacity: int, aside: Aside | None = None) -> SharedBatch:
         self._controls = ControlNets(loaded)
-        batch = RunningBatch(loaded, capacity=capacity, controls=self._controls)
+        batch = RunningBatch(loaded, capacity=capacity, controls=self._controls, aside=aside)
         self._shelf = AdapterShelf(batch.bank, usual_budget(loaded.device), usual_host_budget(loaded.device))
         self._shared = SharedBatch(batch)
         return self._shared
@@ -121,6 +124,8 @@ class TextToImage:
         """Let `serve` return."""
         if self._shared is not None:
             self._shared.close()
+        if self._aside is not None:
+            self._aside.close()
 
     def _run_batched(
         self, asked: TextToImageParameters, loaded: pipelines.LoadedPipeline, context: MethodContext

@@ -232,6 +232,16 @@ def test_controlnets_are_followed_as_in_the_plain_pipeline(model_ref: Callable[.
     assert np.abs(made["one"] - made["none"]).max() > LEVELS
 
 
+def test_a_network_made_for_inpainting_follows_controlnets_too(model_ref: Callable[..., ModelRef]) -> None:
+    loaded = pipelines.load(model_ref("inpaint"), "cpu")
+    other = ControlNets(pipelines.load(model_ref("sd"), "cpu"))
+    other.load("canny")
+    batch = RunningBatch(loaded)
+    batch.controls.put("canny", other._nets["canny"])
+    asked = request(image=drawn(1), mask=half(), controls=(ControlPicture("canny", drawn(2)),))
+    assert np.array_equal(paused_and_resumed(batch, asked), plain(loaded, asked, batch.controls))
+
+
 def test_requests_of_one_set_of_controlnets_share_their_calls(
     model_ref: Callable[..., ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:

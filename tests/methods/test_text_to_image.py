@@ -180,7 +180,7 @@ def test_memory_that_runs_out_for_one_picture_fails_the_job(
     context = new_context()
     with pytest.raises(MemoryError):
         method.run(asked(count=2), context)
-    assert sizes == [2, 1, 1]
+    assert sizes == [2, 1, 1, 1, 1], "each is tried alone, once more with all memory given back"
     assert list(context.output_dir.iterdir()) == []
 
 
