@@ -58,7 +58,9 @@ def workload_from_records(records: Iterable[StepRecord], name: str = "journal") 
                 case TaskSubmitted(task):
                     submitted.setdefault(task.req_no, (record.now - began, event))
                 case TaskFinished(req_no) if req_no in submitted and event.run_us:
-                    truths[req_no] = Truth(event.run_us, peak_gpu_memory_bytes=event.peak_gpu_memory_bytes)
+                    # The simulated Pod makes company cost its time again.
+                    alone_us = event.alone_us or event.run_us
+                    truths[req_no] = Truth(alone_us, peak_gpu_memory_bytes=event.peak_gpu_memory_bytes)
                 case TaskFailed(req_no, _, cause) if req_no in submitted and cause in NOT_RETRYABLE:
                     truths[req_no] = Truth(fails_with=cause)
                 case TaskCancelRequested(req_no) if req_no in submitted:

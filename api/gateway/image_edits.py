@@ -50,7 +50,9 @@ class EditsRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = None
     response_format: Literal["url", "b64_json"] | None = Field(default=None, description="Default: b64_json.")
     stream: bool | None = Field(default=None, description="Server-sent events instead of one answer.")
-    partial_images: int | None = Field(default=None, ge=0, le=3, description="Accepted; none are sent.")
+    partial_images: int | None = Field(
+        default=None, ge=0, le=3, description="Small previews to send on the way, at most; only where `stream` is."
+    )
     user: str | None = Field(default=None, max_length=256)
     strength: float | None = Field(default=None, gt=0, le=1)
     negative_prompt: str | None = None

@@ -1,7 +1,6 @@
-"""The images route as a stream: news of the job as comments, which every client skips, then one event per picture.
+"""The images routes as a stream: news of the job as comments, which every client skips, previews if wanted, then the pictures.
 
-The openai SDK raises on an event type that it does not know, so nothing but `image_generation.completed` (`image_edit.completed`)
-and an error is sent.
+The openai SDK raises on an event type that it does not know, so nothing is sent but partial images, completed ones and an error.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import structlog
 
 from api.gateway import sse
 from api.gateway.context import Gateway
+from api.gateway.partials import Partials
 from api.gateway.problems import Refused
 from api.gateway.submissions import TERMINAL
 from api.ports import JobView
@@ -37,12 +37,13 @@ async def pictures(
     completed: Callable[[JobView], Awaitable[list[Mapping[str, Any]]]],
     failure: Callable[[JobView], Refused],
     kind: str = "image_generation",
+    partials: Partials | None = None,
 ) -> AsyncIterator[bytes]:
-    """Stream a job's pictures; a reader that leaves before the end cancels the job."""
+    """Stream a job's pictures, previews first where `partials` is given; a reader that leaves before the end cancels the job."""
     ended = False
     try:
         view: JobView | None = None
-        async for news in _news(parts, scope, req_no, limit_s):
+        async for news in _news(parts, scope, req_no, limit_s, partials):
             if isinstance(news, bytes):
                 yield news
             else:
@@ -70,8 +71,10 @@ async def pictures(
             cancelling.add_done_callback(_settled)
 
 
-async def _news(parts: Gateway, scope: str, req_no: str, limit_s: float) -> AsyncIterator[bytes | JobView]:
-    """Yield comments while the job goes on, then its final view; nothing more when the time is up."""
+async def _news(
+    parts: Gateway, scope: str, req_no: str, limit_s: float, partials: Partials | None
+) -> AsyncIterator[bytes | JobView]:
+    """Yield comments and previews while the job goes on, then its final view; nothing more when the time is up."""
     deadline = time.monotonic() + limit_s
     pause_s = min(parts.config.keepalive_s, max(0.01, limit_s / 10))
     changes = sse.with_pauses(parts.submissions.events(scope, req_no), pause_s)
@@ -86,6 +89,9 @@ async def _news(parts: Gateway, scope: str, req_no: str, limit_s: float) -> Asyn
         else:
             view = change.view
             yield sse.comment(f"state={view.state} step={view.progress_done} of={view.progress_total}")
+            event = await partials.event(view) if partials is not None else None
+            if event is not None:
+                yield event
 
 
 def _error(message: str, code: str) -> bytes:

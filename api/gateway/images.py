@@ -21,6 +21,7 @@ from api.gateway.context import FILE_ID, AnyCaller, Gateway, GatewayParts
 from api.gateway.fields import Number, Whole
 from api.gateway.jobs import IdempotencyKey
 from api.gateway.keys import Caller
+from api.gateway.partials import Partials, preview_every
 from api.gateway.problems import Refused, declared, no_retry
 from api.gateway.submissions import TERMINAL, JobRequest
 from api.ports import JobView
@@ -28,7 +29,7 @@ from api.ports import JobView
 log = structlog.get_logger("gateway")
 router = APIRouter(prefix="/v1", tags=["images"])
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
-_PARAMETERS = ("negative_prompt", "seed", "steps", "guidance", "scheduler", "adapter_scale")
+_PARAMETERS = ("negative_prompt", "seed", "steps", "guidance", "scheduler", "adapter_scale", "adapters")
 
 
 class ImagesRequest(BaseModel):
@@ -48,7 +49,9 @@ class ImagesRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = None
     response_format: Literal["url", "b64_json"] | None = Field(default=None, description="Default: b64_json.")
     stream: bool | None = Field(default=None, strict=True, description="Server-sent events instead of one answer.")
-    partial_images: Whole | None = Field(default=None, ge=0, le=3, description="Accepted; none are sent.")
+    partial_images: Whole | None = Field(
+        default=None, ge=0, le=3, description="Small previews to send on the way, at most; only where `stream` is."
+    )
     user: str | None = Field(default=None, max_length=256)
     negative_prompt: str | None = None
     seed: Whole | None = None
@@ -56,6 +59,9 @@ class ImagesRequest(BaseModel):
     guidance: Number | None = None
     scheduler: str | None = None
     adapter_scale: Number | None = None
+    adapters: list[dict[str, Any]] | None = Field(
+        default=None, max_length=8, description="Further LoRAs of the same base: model, weight."
+    )
     priority: Whole = Field(default=0, ge=-1000, le=1000)
     group: str = Field(default="", max_length=128, pattern=r"^[A-Za-z0-9._:@/-]*$")
     deadline_s: Number | None = Field(default=None, gt=0, le=30 * 86_400)
@@ -129,7 +135,8 @@ async def answered(
         async def completed(view: JobView) -> list[Mapping[str, Any]]:
             return await _completed(parts, known, request, body, view)
 
-        source = image_stream.pictures(parts, known.scope, req_no, limit_s, completed, _failure, kind)
+        partials = Partials(parts, body.partial_images or 0, kind)
+        source = image_stream.pictures(parts, known.scope, req_no, limit_s, completed, _failure, kind, partials)
         return sse.stream(source, location)
     response.headers.update(location)
     view = await _ended(parts, known, request, req_no, limit_s)
@@ -149,6 +156,8 @@ def job_request(body: ImagesRequest) -> JobRequest:
         parameters |= {"width": int(match.group(1)), "height": int(match.group(2))}
     if body.model:
         parameters["model"] = body.model
+    if body.stream and body.partial_images:
+        parameters["preview_every"] = preview_every(body.steps, body.partial_images)
     return JobRequest(
         method="text_to_image",
         parameters=parameters,

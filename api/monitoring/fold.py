@@ -113,8 +113,9 @@ class MetricsFold:
         if task is None or task.estimate is None or event.run_us <= 0:
             return
         quantiles = task.estimate.duration()
-        self.residual.labels(task.method).observe(event.run_us / max(1, quantiles.p50))
-        held = event.run_us <= quantiles.p90
+        run_us = event.alone_us or event.run_us  # Predicted is the run alone; what company costs is no fault of it.
+        self.residual.labels(task.method).observe(run_us / max(1, quantiles.p50))
+        held = run_us <= quantiles.p90
         self.covered.labels(task.method, "yes" if held else "no").inc()
         self._held.setdefault(task.method, [0, 0])[0 if held else 1] += 1
         if self._detector is not None:

@@ -44,6 +44,18 @@ def test_pictures_come_as_links_that_need_no_key(client) -> None:
         assert Image.open(io.BytesIO(file.read())).format == "PNG"
 
 
+def test_a_stream_sends_partial_images_before_the_pictures(client) -> None:
+    stream = client.images.generate(
+        model="tiny", prompt="a red circle", n=8, stream=True, partial_images=2, extra_body={"steps": 150, "seed": 3}
+    )
+    events = list(stream)
+    kinds = [event.type for event in events]
+    assert kinds[-8:] == ["image_generation.completed"] * 8
+    assert 1 <= kinds.count("image_generation.partial_image") <= 2  # A preview may be gone when it is asked for.
+    partial = Image.open(io.BytesIO(base64.b64decode(events[0].b64_json)))
+    assert (partial.size, events[0].partial_image_index) == ((8, 8), 0)
+
+
 def test_a_wrong_parameter_is_a_bad_request_that_names_it(client) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.images.generate(model="tiny", prompt="a", size="63x64")
