@@ -247,7 +247,7 @@ def _train(training: Training, context: MethodContext) -> None:
             raise Cancelled(folder)
 
     while True:
-        validation.draw_if_due(training, stop_if_told)
+        validation.draw_if_due(training, stop_if_told, context.preview)
         if training.step >= asked.steps:
             return
         stop_if_told()

@@ -49,6 +49,8 @@ class Training:
     output_dir: Path
     prior: prior.Prior | None = None
     step: int = 0
+    parts: int = 1
+    """Into how many parts a batch is cut, each with a pass of its own: more where memory ran out."""
     losses: list[float] = field(default_factory=list)
     """The loss of every step so far."""
     validated: set[int] = field(default_factory=set)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,10 +17,11 @@ from executors.methods.training import Training
 PICTURE_STEPS = 20
 
 
-def draw_if_due(training: Training, before_step: Callable[[], None]) -> None:
+def draw_if_due(training: Training, before_step: Callable[[], None], show: Callable[[Any], None]) -> None:
     """Draw the validation prompts with the weights as they are now, if this step asks for it and they are not drawn yet.
 
-    `before_step` is called before every denoising step and may raise to stop; what was drawn of this step is then forgotten.
+    `before_step` is called before every denoising step and may raise to stop; what was drawn of this step is then forgotten. `show`
+    gets each picture as soon as it is made.
     A picture that cannot be decoded is left out: it costs nobody the training.
     """
     asked, step = training.asked, training.step
@@ -45,6 +47,7 @@ def draw_if_due(training: Training, before_step: Callable[[], None]) -> None:
             "model": f"{asked.base_model} after {step} training steps",
         }
         pictures.save_png(picture, training.validation_path(index), facts)
+        show(picture)
     training.validated.add(step)
 
 

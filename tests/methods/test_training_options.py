@@ -264,9 +264,9 @@ def test_pictures_are_trained_in_their_own_shapes(
     seen: set[tuple[int, ...]] = set()
     real = training_step._row_losses
 
-    def watched(training: Any, clean: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.add(tuple(clean.shape[2:]))
-        return real(training, clean, *rest)
+    def watched(training: Any, rows: Any) -> torch.Tensor:
+        seen.add(tuple(rows.clean.shape[2:]))
+        return real(training, rows)
 
     monkeypatch.setattr(training_step, "_row_losses", watched)
     parameters = asked(
@@ -293,6 +293,70 @@ def test_cut_to_squares_there_is_one_shape(
     assert [len(group) for group in found[0].groups] == [4]
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class _Tight:
+    """A network that has memory for so many rows; `calls` are the rows it was asked for."""
+
+    def __init__(self, unet: Any, rows: int) -> None:
+        self._real, self._rows = unet.forward, rows
+        self.calls: list[int] = []
+
+    def __call__(self, sample: torch.Tensor, *given: Any, **named: Any) -> Any:
+        self.calls.append(len(sample))
+        if len(sample) > self._rows:
+            raise torch.cuda.OutOfMemoryError("no more")
+        return self._real(sample, *given, **named)
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_where_memory_runs_out_a_step_is_taken_in_parts_and_ends_with_the_same_model(
+    model_ref: Callable[..., ModelRef],
+    new_context: Callable[..., Any],
+    subject_files: dict[str, Path],
+    capfd: pytest.CaptureFixture[str],
+    prior: bool,
+) -> None:
+    options = {"batch": 3, "steps": 3, "prior_preservation": prior, "prior_pictures": 2}
+    plain = run(model_ref("sd"), asked(subject_files, **options), new_context(files=subject_files))
+    method = DreamBooth()
+    method.load(model_ref("sd"), "cpu")
+    assert method._loaded is not None
+    unet = method._loaded.pipe.unet
+    tight = _Tight(unet, 2)
+    # Not before the prior is drawn: that is generation, whose memory is another matter.
+    real = training_step.take
+
+    def take(training: Any) -> float:
+        unet.forward = tight
+        return real(training)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_step, "take", take)
+        split = method.run(asked(subject_files, **options), new_context(files=subject_files))
+    assert max(tight.calls) == (6 if prior else 3), "it was tried whole first"
+    assert [rows for rows in tight.calls if rows > 2] == ([6, 3] if prior else [3]), "and not again in later steps"
+    losses, others = ([loss for _, loss in each.metadata["loss_curve"]] for each in (plain, split))
+    assert others == pytest.approx(losses, rel=1e-4)
+    one, other = (torch.cat([value.flatten() for _, value in sorted(weights(each).items())]) for each in (plain, split))
+    assert float(torch.cosine_similarity(one, other, dim=0)) > 0.9999, "the same model but for rounding"
+    assert "memory ran out in step 1; batches go in" in capfd.readouterr().err
+
+
+def test_a_single_row_for_which_there_is_no_memory_ends_the_training(
+    model_ref: Callable[..., ModelRef], new_context: Callable[..., Any], subject_files: dict[str, Path]
+) -> None:
+    method = DreamBooth()
+    method.load(model_ref("sd"), "cpu")
+    assert method._loaded is not None
+    tight = _Tight(method._loaded.pipe.unet, 0)
+    method._loaded.pipe.unet.forward = tight
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        method.run(asked(subject_files, batch=2, prior_preservation=False), new_context(files=subject_files))
+    assert tight.calls == [2, 1, 1], "whole, in halves, in as many parts as there could be rows with a prior"
+
+
 # --- what is seen on the way, and what is left ------------------------------------------------------------------------
 
 
@@ -308,6 +372,7 @@ def test_validation_pictures_show_the_model_as_it_is_at_that_step(
     shown = json.loads(Image.open(pictures["validation-000002-1.png"]).text["aigc"])  # type: ignore[attr-defined]
     assert (shown["prompt"], shown["model"]) == ("a red star", "tiny after 2 training steps")
     assert pictures["validation-000002-0.png"].read_bytes() != pictures["validation-000003-0.png"].read_bytes()
+    assert len(context.previews) == 4, "each is shown as soon as it is made"
 
 
 def test_looking_at_the_model_does_not_change_what_it_becomes(
