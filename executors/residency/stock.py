@@ -120,7 +120,7 @@ class NodeStock:
     def counts(self) -> tuple[tuple[str, int], ...]:
         """Return what happened in the disk tier and what lies in memory, by name."""
         counts = {f"disk_{name}": value for name, value in self._models.disk.counts().items()}
-        return tuple(sorted({**counts, **self._memory, "failed_orders": self._failures}.items()))
+        return tuple(sorted({**counts, **self._memory, "orders_failed": self._failures}.items()))
 
     def _look(self) -> tuple[ResidentModel, ...]:
         found: list[ResidentModel] = []

@@ -124,7 +124,7 @@ def test_what_waits_already_is_not_ordered_twice_and_failures_are_counted_not_ra
         node.bring({"id": "a"})
         node.bring({"id": "b"})
     gate.set()
-    until(lambda: dict(node.counts())["failed_orders"] == 2)
+    until(lambda: dict(node.counts())["orders_failed"] == 2)
     node.close()
     assert done == ["a", "b"]
 
