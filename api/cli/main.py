@@ -17,12 +17,14 @@ from api.cli import (
     operate,
     plan,
     predict,
+    predict_demand,
     replay,
     reproduce,
     reproduce_helios,
     requests,
     simulate,
     study,
+    study_elasticity,
     sweep,
     trace,
     whatif,
@@ -49,6 +51,8 @@ app.command()(sweep.sweep)
 app.add_typer(plan.app, name="plan")
 app.add_typer(study.app, name="study")
 app.add_typer(predict.app, name="predict")
+predict.app.command()(predict_demand.demand)
+study.app.command()(study_elasticity.elasticity)
 app.command()(requests.generate)
 app.command()(requests.train)
 app.add_typer(jobs.app, name="jobs")

@@ -18,8 +18,8 @@ from engine.turn import Turn
 
 CREATED_PER_CHECK = 8
 """Pods that are started ahead at one look, so that a wrong forecast costs little."""
-IDLE_PERMILLE = 100
-"""Nodes go when more than this share of them is too much: a few more or fewer are no reason to change."""
+SPARE_PERMILLE = 1_100
+"""Nodes go when so many times what was needed is less than there is: small changes are no reason to go back and forth."""
 WITHHOLD_STARTS = 4
 """Nodes stay that are expected to be needed within so many start-up times."""
 STALE_HORIZONS = 2
@@ -54,9 +54,10 @@ def _scale(turn: Turn, config: FleetConfigured) -> None:
         return
     if fleet.changed_at + config.cool_down_us > turn.now or not fleet.peaks:
         return
-    least = max(bounded, _nodes_for(turn, config, fleet.peaks[0][1]), _by_forecast(turn, config, WITHHOLD_STARTS))
+    later = _by_forecast(turn, config, WITHHOLD_STARTS, SPARE_PERMILLE)
+    least = max(bounded, _nodes_for(turn, config, fleet.peaks[0][1] * SPARE_PERMILLE // 1000), later)
     kept = min(config.nodes_max, max(config.nodes_min, least))
-    if kept < asked - asked * IDLE_PERMILLE // 1000:
+    if kept < asked:
         turn.count(Reason.IDLE)
         turn.order(ScaleNodes(kept, Reason.IDLE, _leaving(here, len(here) - kept)))
 
@@ -78,15 +79,15 @@ def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
     return _nodes_for(turn, config, used + waits)
 
 
-def _by_forecast(turn: Turn, config: FleetConfigured, starts: int = 1) -> int:
-    """Return the nodes for the demand expected while a node would start, or so many after each other."""
+def _by_forecast(turn: Turn, config: FleetConfigured, starts: int = 1, permille: int = 1000) -> int:
+    """Return the nodes for the demand expected while a node would start, or so many after each other, times a factor."""
     fleet = turn.state.fleet
     forecast = fleet.forecast
     if forecast is None or fleet.forecast_at + STALE_HORIZONS * forecast.horizons_us[0] < turn.now:
         return 0
     horizon = fleet.horizon_of(starts * config.start_us)
     gpu_us = fleet.quantile(horizon, turn.profile.scale_level)
-    return _nodes_for(turn, config, 1000 * gpu_us // forecast.horizons_us[horizon])
+    return _nodes_for(turn, config, permille * gpu_us // forecast.horizons_us[horizon])
 
 
 def _nodes_for(turn: Turn, config: FleetConfigured, used: int) -> int:
