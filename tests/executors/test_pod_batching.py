@@ -240,3 +240,13 @@ def test_a_pod_that_is_deleted_stops_all_its_attempts_within_the_grace(bench: Be
     for name in ("a", "b"):
         assert bench.of(AttemptStopped, name)
         assert not bench.of(AttemptFinished, name)
+
+
+def test_an_attempt_tells_how_much_memory_its_pod_held_and_it_needed(bench: Bench) -> None:
+    bench.up(slots=2)
+    bench.start("small", count=1)
+    small = bench.expect(AttemptFinished, "small").peak_gpu_memory_bytes
+    bench.start("large", width=256, height=256)
+    large = bench.expect(AttemptFinished, "large").peak_gpu_memory_bytes
+    assert 12 << 20 < small < large < 2 << 30, "the weights alone are 12 MiB"
+    bench.down()

@@ -50,7 +50,9 @@ def test_a_model_that_fits_no_gpu_is_told_with_what_it_needs(models: dict[str, M
     door = _door(models)
     assert door.problem("small", {"width": 512, "height": 512}) == ""
     for name in ("huge", "full"):
-        assert door.problem(name, {}).startswith(f"width, height: pictures of 64x64 from {name} need at least 186.3 GiB")
+        assert door.problem(name, {}).startswith(
+            f"width, height: pictures of 64x64 from {name} need at least 186.3 GiB"
+        )
     assert door.problem("huge", {}).endswith("the largest GPU here has 8.0 GiB; ask for a smaller picture")
 
 
