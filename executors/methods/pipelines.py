@@ -141,14 +141,20 @@ def _plan(folder: Path, precision: torch.dtype, meter: Meter) -> MemoryPlan | No
         return None
 
 
-def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+def quiet() -> None:
+    """Keep the libraries' progress bars and advice out of logs; errors are told by exceptions."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for log in (diffusers_logging, transformers_logging):
         log.set_verbosity_error()
         log.disable_progress_bar()
+
+
+def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    quiet()
     index = folder / "model_index.json"
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
