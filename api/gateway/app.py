@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api.gateway import console, files, images, jobs, models, operators, problems, quotes
+from api.gateway import console, files, image_edits, images, jobs, models, operators, problems, quotes
 from api.gateway.config import GatewayConfig
 from api.gateway.context import Gateway, known_query
 from api.gateway.gate import Envelope, Gate
@@ -78,6 +78,7 @@ def create_app(
         jobs.router,
         quotes.router,
         images.router,
+        image_edits.router,
         files.router,
         models.router,
         operators.router,

@@ -23,11 +23,11 @@ from api.mq.port import REQUESTS, Delivery, Queue
 from api.ports import SupportRefused
 from api.sm.journal import SqliteJournal
 from api.support.board import Board
-from api.support.intake import MethodDefaults, Request, understand
+from api.support.intake import GENERATION_METHOD, MethodDefaults, Request, understand
 from api.support.jobs import TRAINING_METHOD, Folded, Job, JobFold
 from api.support.memory import MemoryDoor
 from api.support.payloads import StorePayloads
-from api.support.pictures import problem
+from api.support.pictures import problem, problem_of
 from api.support.sharing import pod_model
 from api.support.stocks import Stocks
 from api.support.store import Store
@@ -35,6 +35,7 @@ from api.support.threads import IntakeThread, MailThread
 from engine.commands import Command
 from engine.events import Event, ModelDeployed, ModelUndeployed, NodeReported, TaskSubmitted
 from engine.tasks import Micros, TaskSpec
+from executors.methods.parameters import picture_fields
 from executors.ports import FileStore
 
 _log = structlog.get_logger("ss")
@@ -233,11 +234,14 @@ class SupportCore:
         self._give(request)
 
     def _look_at_pictures(self, job: Job) -> None:
-        """Refuse a training whose pictures cannot be used; a file store that does not answer leaves the judgement to the Pod."""
-        if self._files is None or job.method != TRAINING_METHOD:
+        """Refuse a request whose pictures cannot be used; a file store that does not answer leaves the judgement to the Pod."""
+        if self._files is None or job.method not in (TRAINING_METHOD, GENERATION_METHOD):
             return
         try:
-            wrong = problem(self._files, job.parameters["pictures"])
+            if job.method == TRAINING_METHOD:
+                wrong = problem(self._files, job.parameters["pictures"])
+            else:
+                wrong = problem_of(self._files, picture_fields(job.parameters))
         except Exception as error:  # Every store has errors of its own.
             _log.warning("pictures_unseen", req_no=job.req_no, error=f"{type(error).__name__}: {error}"[:300])
             return

@@ -14,7 +14,7 @@ from api.support.jobs import TRAINING_METHOD, Job, Model
 from api.support.sharing import ModelsDoNotFit, further, pod_model
 from engine.resources import Demand
 from engine.tasks import SECOND, Affinity, Micros, TaskSpec, TaskType
-from executors.methods.parameters import ParameterError, validate
+from executors.methods.parameters import ParameterError, steps_taken, validate
 
 GENERATION_METHOD = "text_to_image"
 DEPLOY_METHODS = frozenset({"deploy", "undeploy"})
@@ -199,6 +199,8 @@ def _features(job: Job, held: str, adapters: tuple[str, ...]) -> tuple[tuple[str
         value = job.parameters.get(name)
         if isinstance(value, str | int | float):
             known[feature] = value
+    if job.method == GENERATION_METHOD and (taken := steps_taken(job.parameters)) is not None:
+        known["steps"] = taken
     if job.method == TRAINING_METHOD:
         known["images"] = len(job.parameters.get("pictures", ()))
         known["method"] = str(job.parameters.get("method", "lora"))
