@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from engine.commands import StartTask, StopTask
 from engine.events import TaskFailed, TaskFinished, TaskProgressed, TaskStarted, TaskStopped
 from engine.tasks import FailureCause, Micros, TaskSpec, TaskType
 from sim.draws import lognormal, unit
 from sim.hardware import BatchRow
+from sim.maker import Maker
 from sim.parts import AttemptKey, Outcome, SimAttempt, SimPod
 
 if TYPE_CHECKING:
     from sim.world import SimWorld
 
+_STARTED: Final = Maker(TaskStarted)
+_FINISHED: Final = Maker(TaskFinished)
 _LORAS_PER_POD = 8
 _PEAKS_REMEMBERED = 10_000
 _EPSILON = 1e-6
@@ -78,7 +81,7 @@ class Attempts:
         now = self._world.now()
         attempt.began_at = now
         load_us = self._decide(attempt)
-        self._world.emit(TaskStarted(req_no, number, rank))
+        self._world.emit(_STARTED.make((req_no, number, rank)))
         if load_us > 0.0:
             attempt.token += 1
             self._world.after(round(load_us), self._join, attempt, attempt.token)
@@ -237,7 +240,7 @@ class Attempts:
             alone_us = attempt.batch_at - attempt.began_at + round(attempt.total_us)
             company = round(1000 * attempt.company_us / max(1, now - attempt.batch_at))
         self._world.emit(
-            TaskFinished(req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes, alone_us, company)
+            _FINISHED.make((req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes, alone_us, company))
         )
 
     def _leave(self, attempt: SimAttempt) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import overload
 
 import numpy as np
@@ -13,10 +13,15 @@ import numpy.typing as npt
 from engine.resources import Demand
 from engine.tasks import URGENT_PRIORITY, Affinity, FailureCause, Micros, TaskSpec, TaskType
 from sim.draws import choice, lognormal, unit
+from sim.maker import Maker
 from sim.workload import Arrival, Truth
 
 Ints = npt.NDArray[np.int64]
 
+_SPECS, _TRUTHS, _ARRIVALS = Maker(TaskSpec), Maker(Truth), Maker(Arrival)
+_REST = tuple(field.default for field in fields(TaskSpec))[16:]
+"""What every task leaves as it is."""
+_TP, _GC, _PREFERRED = TaskType.TP, TaskType.GC, Affinity.PREFERRED
 _DECLARED_STEP_US = 5_000_000
 _TRAINING_FEATURES = (("images", 4), ("steps", 400))
 
@@ -109,28 +114,36 @@ class Columns(Sequence[Arrival]):
                     ("steps", steps),
                     ("user", user),
                 )
-            task = TaskSpec(
+            own = (
                 f"synthetic-{number:07d}",
                 f"tenant-{max(0, tenant)}",
                 user,
-                TaskType.TP if kind < 0 else TaskType.GC,
+                _TP if kind < 0 else _GC,
                 "dreambooth" if kind < 0 else "text_to_image",
                 f"M{model:04d}",
                 URGENT_PRIORITY if urgent is True else 0,
                 self.demand,
                 self.slots,
                 1,
-                Affinity.PREFERRED,
-                declared_us=declared_us if declared_us >= 0 else None,
-                features=features,
+                _PREFERRED,
+                None,
+                None,
+                3,
+                declared_us if declared_us >= 0 else None,
+                features,
             )
-            truth = Truth(
-                work_us if work_us >= 0 else None,
-                FailureCause.BAD_INPUT if fails else None,
-                0,
-                (lora_name,) if lora >= 0 and self.separate_loras else (),
+            task: TaskSpec = _SPECS.make(own + _REST)
+            truth: Truth = _TRUTHS.make(
+                (
+                    work_us if work_us >= 0 else None,
+                    FailureCause.BAD_INPUT if fails else None,
+                    0,
+                    (lora_name,) if lora >= 0 and self.separate_loras else (),
+                    None,
+                )
             )
-            yield Arrival(at, task, truth)
+            arrival: Arrival = _ARRIVALS.make((at, task, truth))
+            yield arrival
             number += 1
 
     def digest(self) -> str:

@@ -9,7 +9,7 @@ same luck.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import simpy
 
@@ -42,12 +42,15 @@ from sim.draws import lognormal
 from sim.due import Due
 from sim.faults import Fault, FaultKind, FaultPlan
 from sim.hardware import Hardware
+from sim.maker import Maker
 from sim.parts import SimNode, SimPod
 from sim.pump import run
 from sim.stock import TELL_US, resident
 from sim.workload import Arrival, Truth, Workload
 
 __all__ = ["SimWorld", "run"]
+
+_SUBMITTED: Final = Maker(TaskSubmitted)
 
 
 class SimWorld:
@@ -186,7 +189,7 @@ class SimWorld:
             self.arrived += 1
             task, truth = arrival.task, arrival.truth
             self.open_tasks.setdefault(task.req_no, (task, truth))
-            self._put(TaskSubmitted(task))
+            self._put(_SUBMITTED.make((task, None)))
             if truth.cancel_after_us is not None:
                 self.after(truth.cancel_after_us, self._cancel, task.req_no)
             arrival = next(self._coming_arrivals, None)
