@@ -26,6 +26,7 @@ SAMPLES: list[m.Message] = [
             m.CreatePod(1, "sleep", {"adapter": {"lora": "ab"}, "path": None}, ("u",), 500, 1 << 30, 1000, 1 << 30, 4),
             m.DeletePod(1, 5),
             m.Dispatch("r", 1, 0, 1, {"prompt": "ein Bär", "steps": 20, "list": [1, 2.5, None, True]}, "cp"),
+            m.Dispatch("s", 1, 0, 1, {}, "", {"adapters": [{"model": "lora", "files": {"a": "ab"}}], "priority": 100}),
             m.Kill("r", 1, 0, 1, 10, True),
             m.Prefetch({"id": "m"}),
             m.Release("m", True),
@@ -36,13 +37,15 @@ SAMPLES: list[m.Message] = [
         1, 2,
         (
             m.PodUp(1, 2), m.PodDown(1, "crashed", "tail"), m.Started("r", 1), m.Done("r", 1, 0, "{}", 5, 6),
+            m.Done("s", 1, 0, "{}", 9, 6, 5, 1500),
             m.Failed("r", 1, 0, "out_of_memory", "d", 7), m.Stopped("r", 1, 0, "cp"),
             m.Devices(NODE.gpus, (("u", 5),), (("u", 900),)),
             m.Devices(NODE.gpus, (), (), (ResidentModel("m", Tier.MEMORY, 7, True), ResidentModel("n")), (("disk_hits", 3),)),
         ),
         3, 4,
     ),
-    m.Credit(1, 2, 3), m.DoneAck(1, 2, 3), m.Progress(1, "r", 1, 0, 5, 20), m.Drain(1), m.Bye(1),
+    m.Credit(1, 2, 3), m.DoneAck(1, 2, 3), m.Progress(1, "r", 1, 0, 5, 20),
+    m.Progress(1, "r", 1, 0, 5, 20, "c", "n", "p"), m.Drain(1), m.Bye(1),
     m.Rejoin(1, 2), m.Fence(1, 2, 3, "why"), m.Nack(1, 2, "stale", "d"),
 ]  # fmt: skip
 
