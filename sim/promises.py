@@ -1,6 +1,6 @@
 """Do the promised times hold? Plays a workload through the production engine, looks ahead as production does, and keeps the score.
 
-Each task's first promise, made in the step that took it in or at the next look, is compared with when it started and ended.
+Each task's first promise, made at the next look after it came, is compared with when it started and ended.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sim.workload import Workload
 LOADS: Final = (0.6, 0.7, 0.8, 0.9, 1.0)
 HORIZONS_S: Final = (10, 60, 300, 1_800)
 LOOK_US: Final = 30 * SECOND
+"""How often to look ahead, in simulated time: a task has its first promise so much after it came, at most."""
 LEARNING: Final = 500
 """First promises that are not scored: with them the factors are learned."""
 
@@ -100,7 +101,7 @@ class PromiseScore:
 
 
 class Scorer:
-    """A journal that looks ahead at most every `look_us` and whenever a task without a promise came."""
+    """A journal that looks ahead every `look_us` while anything changes."""
 
     def __init__(self, engine: Engine, score: PromiseScore, look_us: Micros = LOOK_US) -> None:
         self._engine = engine
@@ -110,7 +111,6 @@ class Scorer:
         self.foresight = Foresight(engine.state, engine.profile)
         self._first: dict[str, Promise] = {}
         self._started: dict[str, Micros] = {}
-        self._waiting_first: dict[str, None] = {}
         self._seen = 0
 
     def __call__(self, now: Micros, events: Sequence[Event], commands: Sequence[Command]) -> None:
@@ -127,11 +127,11 @@ class Scorer:
                 if command.state is not TaskState.FINISHED:
                     self._first.pop(command.req_no, None)
                 self._started.pop(command.req_no, None)
-        if foresight.changed and (now >= self._next or foresight.fresh):
+        if foresight.changed and now >= self._next:
             self._look(now)
 
     def _look(self, now: Micros) -> None:
-        fresh = list(self.foresight._fresh)
+        fresh = self.foresight.fresh
         began = perf_counter()
         outlook = self.foresight.look()
         self._score.looking_s += perf_counter() - began

@@ -19,6 +19,7 @@ Kind = Literal[
     "silent_node",
     "failure_rate",
     "prediction_residuals",
+    "promises",
     "module_down",
     "gpu_cordoned",
     "gpu_ill",
@@ -52,6 +53,11 @@ class Thresholds:
     """P90 should be exceeded by a tenth of the runs; by more than this share, with 97.5% confidence, it no longer holds."""
     device_failures: int = 3
     """So many failed attempts of one cause in the recent span speak of devices, models or limits, not of chance."""
+    promise_drift: float = 0.03
+    """The P90 of the finish should hold for nine of ten jobs; when it holds for fewer or more by this, with 97.5% confidence, it no
+    longer means what it says."""
+    promises_least: int = 200
+    """Fewer judged promises prove nothing."""
     max_tracked: int = 10_000
     """Runs kept per method."""
     max_stuck: int = 100
@@ -119,6 +125,7 @@ class AbnormalityDetector:
     thresholds: Thresholds = field(default_factory=Thresholds)
     _runs: dict[str, _Runs] = field(default_factory=dict)
     _since: dict[tuple[str, str], Micros] = field(default_factory=dict)
+    _promises: tuple[float, int, int] = (0.9, 0, 0)
     _causes: dict[FailureCause, deque[tuple[Micros, str]]] = field(default_factory=dict)
 
     def ended(self, now: Micros, method: str, *, failed: bool, cause: FailureCause | None = None) -> None:
@@ -130,6 +137,10 @@ class AbnormalityDetector:
     def predicted(self, method: str, *, exceeded: bool) -> None:
         """Note whether a finished run took longer than its predicted P90."""
         self._of(method).exceeded.append(exceeded)
+
+    def promised(self, level: float, held: int, count: int) -> None:
+        """Note how many of the latest promised finishes held, of those that should have with this share."""
+        self._promises = (level, held, count)
 
     def look(
         self,
@@ -145,6 +156,7 @@ class AbnormalityDetector:
             *self._silent(now, nodes),
             *self._failures(now),
             *self._residuals(now),
+            *self._drifted(now),
             *_down(now, modules or {}),
             *_devices(now, gpus),
             *self._device_failures(now),
@@ -255,6 +267,24 @@ class AbnormalityDetector:
                     Alert("device_failures", cause.value, "warning", since, message, float(len(seen)), threshold)
                 )
         return alerts
+
+    def _drifted(self, now: Micros) -> list[Alert]:
+        """Return the alert that promised times no longer hold as often as they say."""
+        (level, held, count), drift = self._promises, self.thresholds.promise_drift
+        if count < self.thresholds.promises_least:
+            return []
+        share = held / count
+        if lower_bound(count - held, count) > 1 - level + drift:
+            what, limit = "jobs end later than promised too often", level - drift
+        elif lower_bound(held, count) > level + drift:
+            what, limit = "promises are wider than they need to be", level + drift
+        else:
+            return []
+        message = (
+            f"our P90 of the finish held for {share:.1%} of the last {count} jobs, it should for {level:.0%}: {what}; the load or "
+            "the machines have changed, it is being learned (docs/when.md)"
+        )
+        return [Alert("promises", "finish_p90", "warning", now, message, share, limit)]
 
     def _residuals(self, now: Micros) -> list[Alert]:
         limits = self.thresholds

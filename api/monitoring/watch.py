@@ -112,6 +112,7 @@ class Watch:
         for name, value in flat(queue):
             self.queue.labels(name).set(value)
         self._judge(queue.get("predictions"))
+        self._judge_promises(queue.get("promises"))
         self.jobs.gauges()
         seen = self._nodes_seen(nodes, now)
         live = list(self.jobs.live.values())
@@ -145,6 +146,14 @@ class Watch:
             for kind, count in ((False, held - before[0]), (True, exceeded - before[1])):
                 for _ in range(min(count, 1000)):
                     self.detector.predicted(str(method), exceeded=kind)
+
+    def _judge_promises(self, promises: Any) -> None:
+        """Tell the detector how often promised finishes held, from the scheduler's foresight."""
+        held = promises.get("held") if isinstance(promises, Mapping) else None
+        latest = held.get("finish_p90") if isinstance(held, Mapping) else None
+        if isinstance(latest, Mapping):
+            count = int(latest["promises"])
+            self.detector.promised(float(latest["level"]), round(float(latest["share"]) * count), count)
 
     def _announce(self, alerts: tuple[Alert, ...]) -> None:
         known = {(alert.kind, alert.subject) for alert in self._alerts}

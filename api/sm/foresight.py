@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +49,32 @@ class Quoted:
     """Tasks that wait for a place now."""
 
 
+class ForesightMetrics:
+    """What Prometheus sees of it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._spent = Counter("aigc_foresight_look_seconds", "Time spent looking ahead.", registry=registry)
+        self._looks = Counter("aigc_foresight_looks", "Forward runs.", registry=registry)
+        self._waiting = Gauge("aigc_foresight_waiting_tasks", "Tasks that wait for a place.", registry=registry)
+        self._held = Gauge(
+            "aigc_foresight_promises_held_ratio",
+            "Share of the last 1,000 promises that held, by quantile.",
+            ("quantile",),
+            registry=registry,
+        )
+        self._scored = Gauge("aigc_foresight_promises_scored", "Promised finishes judged so far.", registry=registry)
+
+    def looked(self, spent_s: float, waiting: int, coverage: Mapping[str, Coverage], scored: int) -> None:
+        """Note one look."""
+        self._spent.inc(spent_s)
+        self._looks.inc()
+        self._waiting.set(waiting)
+        for name, each in coverage.items():
+            if each.count:
+                self._held.labels(name).set(each.share)
+        self._scored.set(scored)
+
+
 class LiveForesight:
     """Beside one scheduler's loop; everything but `outlook` and `coverage` belongs to the loop's thread."""
 
@@ -65,17 +91,7 @@ class LiveForesight:
         self._foresight = Foresight(engine.state, engine.profile, _restored(file))
         self._next = 0.0
         self._looked = float("-inf")
-        self._spent = 0.0
-        self._spent_gauge = Counter("aigc_foresight_look_seconds", "Time spent looking ahead.", registry=registry)
-        self._looks = Counter("aigc_foresight_looks", "Forward runs.", registry=registry)
-        self._waiting = Gauge("aigc_foresight_waiting_tasks", "Tasks that wait for a place.", registry=registry)
-        self._held = Gauge(
-            "aigc_foresight_promises_held_ratio",
-            "Share of the last 1,000 promises that held, by quantile.",
-            ("quantile",),
-            registry=registry,
-        )
-        self._scored = Gauge("aigc_foresight_promises_scored", "Promised finishes judged so far.", registry=registry)
+        self._figures = ForesightMetrics(registry)
 
     @property
     def outlook(self) -> Outlook:
@@ -101,13 +117,7 @@ class LiveForesight:
         ended = self._clock()
         self._looked = ended
         self._next = ended + max(LEAST_S, (ended - began) * (1 / SHARE - 1))
-        self._spent_gauge.inc(ended - began)
-        self._looks.inc()
-        self._waiting.set(outlook.waiting)
-        for name, coverage in self.coverage().items():
-            if coverage.count:
-                self._held.labels(name).set(coverage.share)
-        self._scored.set(self._foresight.calibration.scored)
+        self._figures.looked(ended - began, outlook.waiting, self.coverage(), self._foresight.calibration.scored)
 
     def quote(self, spec: TaskSpec) -> Quoted:
         """Return what a task would be promised now; neither the engine nor the forecaster remembers that it was asked."""

@@ -20,7 +20,8 @@ from api.support.jobs import TERMINAL, Job, Model, view_of
 from api.support.quotes import Asked, Foreseeing, Told, answer, told_apart
 from api.whatif_request import WhatIfRequest
 from engine.ahead.foresight import Promise
-from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
+from engine.ahead.instead import would_start_if
+from engine.events import Event, ModelUnloadRequested, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
 T = TypeVar("T")
@@ -161,7 +162,10 @@ class SupportService:
 
         def question(engine: Engine) -> list[dict[str, Any]]:
             # A task that ended a long time ago is forgotten by the engine.
-            return views.blockers_view(engine.why(task_id)) if task_id in engine.state.tasks else []
+            if task_id not in engine.state.tasks:
+                return []
+            instead = would_start_if(engine.state, engine.profile, task_id)
+            return views.blockers_view(engine.why(task_id)) + views.instead_view(instead)
 
         return await self._loop.ask(question)
 

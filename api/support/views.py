@@ -9,6 +9,7 @@ from api.mq.messages import Message
 from api.ports import Expected, JobEvent, JobView, ModelView
 from api.support.jobs import Change, Job, Model, view_of
 from engine.ahead.foresight import Promise
+from engine.ahead.instead import Instead
 from engine.entities import Pod
 from engine.faults import is_cordoned
 from engine.reasons import Blocker
@@ -103,6 +104,17 @@ def blockers_view(blockers: Sequence[Blocker]) -> list[dict[str, Any]]:
 def _adapters(state: State, pod: Pod) -> list[str]:
     """Return the personalised models that a Pod's tasks draw with."""
     return sorted({adapter for name in pod.tasks if name in state.tasks for adapter in state.tasks[name].spec.adapters})
+
+
+def instead_view(found: Sequence[Instead]) -> list[dict[str, Any]]:
+    """Return what would let a task start now."""
+    shown = []
+    for each in found:
+        named = (("node", each.node), ("model", each.model), ("gpu_memory_bytes", each.gpu_memory_bytes))
+        missing: dict[str, Any] = {"change": each.kind, **{name: value for name, value in named if value}}
+        message = f"it would start now if {each.detail}"
+        shown.append({"reason": "would_start_if", "message": message, "missing": missing})
+    return shown
 
 
 def nodes_view(

@@ -1,9 +1,12 @@
-"""Keeps promised quantiles honest: each is stretched by a factor learned from whether earlier ones held.
+"""Keeps promised quantiles honest: each is stretched by what earlier ones were off by.
 
-Online conformal prediction in its simplest form: a promise at level q that did not hold raises the logarithm of its factor by
-a step times q, one that held lowers it by a step times 1 - q; in the long run the share that holds tends to q, whatever the forward
-run gets wrong and however the load changes. A factor is the sum of a common part and one of the promise's own horizon, so that rare
-horizons are not left to themselves. A promise counts as broken the moment its time is over, not when the task ends at last.
+Conformal prediction, online. A promise remembers what the forward run itself said; when the truth is known, the logarithm of truth
+over forecast is its score. The factor of a quantile is that quantile of the latest scores of promises of the same kind (urgent or
+not, and how far ahead), so a wrong forecast widens what is promised next, however wrong it was and why. Scores do not depend on
+the factor that was in force, so late outcomes cannot drive it past the mark. A second, slow correction moves the level itself until
+the share that really held is the share promised (adaptive conformal inference), whatever the load does.
+
+A promise is judged when its time is over, not when the task ends at last: else those that fail would be learned of too late.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any, Final
 
 import numpy as np
@@ -24,31 +28,26 @@ Ints = npt.NDArray[np.int64]
 LEVELS: Final = {"start_p50": 0.5, "start_p90": 0.9, "finish_p50": 0.5, "finish_p90": 0.9}
 EDGES: Final = np.array([10, 30, 100, 300, 1_000, 3_000], dtype=np.float64) * SECOND
 """Horizons, in microseconds, that part the strata."""
-STRATA: Final = 2 * (len(EDGES) + 1)
+HORIZONS: Final = len(EDGES) + 1
+STRATA: Final = 2 * HORIZONS
 """Horizons of ordinary tasks, then of urgent ones."""
 LEAST_US: Final = 0.5 * SECOND
 """A horizon below this is stretched as if it were this long: what starts at once needs a moment all the same."""
-_FIRST_STEP: Final = 0.5
-_LAST_STEP: Final = 0.04
+OVERDUE: Final = 0.2
+"""What the score of a broken promise is taken to be above its factor, until the truth is known."""
 _WINDOW: Final = 1_000
-_MOST: Final = 4.0
+"""Scores kept per quantile and stratum."""
+_ENOUGH: Final = 40
+"""With fewer scores of its own a stratum borrows those of its neighbours."""
+_LATEST: Final = 1_000
+_GAIN: Final = 0.001
+_LEVELS: Final = {name: (level - 0.05, min(0.99, level + 0.08)) for name, level in LEVELS.items()}
+"""How far the level itself may be moved."""
+_MOST: Final = 3.0
 """Most that a factor's logarithm may be, up or down."""
 
-
-class _Factor:
-    """One learned logarithm."""
-
-    __slots__ = ("count", "log")
-
-    def __init__(self) -> None:
-        self.log = 0.0
-        self.count = 0
-
-    def learn(self, level: float, held: bool) -> None:
-        step = max(_LAST_STEP, _FIRST_STEP / (1 + self.count) ** 0.6)
-        self.count += 1
-        self.log += step * level if not held else -step * (1.0 - level)
-        self.log = min(_MOST, max(-_MOST, self.log))
+Score = list[float]
+"""One score, shared with the promise that may still correct it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,71 +65,130 @@ class Coverage:
 
 
 class Calibration:
-    """Factors by quantile and stratum, and the latest outcomes."""
+    """Scores by quantile and stratum, and the latest outcomes."""
 
     def __init__(self) -> None:
-        self._common = {name: _Factor() for name in LEVELS}
-        self._own = {name: [_Factor() for _ in range(STRATA)] for name in LEVELS}
-        self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_WINDOW) for name in LEVELS}
+        self._scores: dict[str, list[deque[Score]]] = {
+            name: [deque(maxlen=_WINDOW) for _ in range(STRATA)] for name in LEVELS
+        }
+        self._level = dict(LEVELS)
+        self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_LATEST) for name in LEVELS}
+        self._logs: dict[str, Floats] = {name: np.zeros(STRATA) for name in LEVELS}
+        self._stale = dict.fromkeys(LEVELS, False)
         self.scored = 0
         """Promised finishes whose P90 was judged so far."""
 
     def strata(self, finish_us: Floats, urgent: npt.NDArray[np.bool_]) -> Ints:
         """Return the stratum of each promise by how far its finish lies ahead, in microseconds."""
-        found: Ints = np.searchsorted(EDGES, finish_us).astype(np.int64) + urgent * (len(EDGES) + 1)
+        found: Ints = np.searchsorted(EDGES, finish_us).astype(np.int64) + urgent * HORIZONS
         return found
 
     def stretch(self, name: str, ahead_us: Floats, strata: Ints) -> Floats:
         """Return horizons stretched by what was learned."""
-        own = self._own[name]
-        logs = np.array([self._common[name].log + each.log for each in own])
-        stretched: Floats = np.maximum(ahead_us, LEAST_US) * np.exp(logs[strata])
+        stretched: Floats = np.maximum(ahead_us, LEAST_US) * np.exp(self._factors(name)[strata])
         return stretched
 
-    def learn(self, name: str, stratum: int, held: bool) -> None:
-        """Take in whether a promise held."""
-        level = LEVELS[name]
-        self._common[name].learn(level, held)
-        self._own[name][stratum].learn(level, held)
-        self._recent[name].append(held)
-        if name == "finish_p90":
-            self.scored += 1
+    def overdue(self, name: str, stratum: int, raw_us: float, passed_us: float) -> Score:
+        """Take in that a promise broke: so much has passed of what the forward run took for `raw_us`, and the end is not known."""
+        score = [_score(raw_us, passed_us) + OVERDUE]
+        self._add(name, stratum, score, False)
+        return score
+
+    def came(self, name: str, stratum: int, raw_us: float, real_us: float) -> None:
+        """Take in that a promise held, and what it was off by."""
+        self._add(name, stratum, [_score(raw_us, real_us)], True)
+
+    def corrected(self, name: str, score: Score, raw_us: float, real_us: float) -> None:
+        """Take in the truth about a promise that had broken."""
+        score[0] = _score(raw_us, real_us)
+        self._stale[name] = True
 
     def coverage(self, name: str = "finish_p90") -> Coverage:
         """Return how often a quantile held, over the last 1,000 promises at most."""
         recent = self._recent[name]
         return Coverage(LEVELS[name], len(recent), sum(recent))
 
+    def _add(self, name: str, stratum: int, score: Score, held: bool) -> None:
+        level = LEVELS[name]
+        self._scores[name][stratum].append(score)
+        low, high = _LEVELS[name]
+        self._level[name] = min(high, max(low, self._level[name] + _GAIN * (level - held)))
+        self._recent[name].append(held)
+        self._stale[name] = True
+        if name == "finish_p90":
+            self.scored += 1
+
+    def _factors(self, name: str) -> Floats:
+        """Return the logarithm of each stratum's factor."""
+        if self._stale[name]:
+            self._stale[name] = False
+            level, own = self._level[name], self._scores[name]
+            self._logs[name] = np.array([_quantile(_nearest(own, stratum), level) for stratum in range(STRATA)])
+        return self._logs[name]
+
     def saved(self) -> dict[str, Any]:
         """Return what was learned as plain values, for `restored`."""
         return {
-            "common": {name: [each.log, each.count] for name, each in self._common.items()},
-            "own": {name: [[each.log, each.count] for each in own] for name, own in self._own.items()},
+            "scores": {
+                name: [[round(score[0], 6) for score in part] for part in parts] for name, parts in self._scores.items()
+            },
+            "level": dict(self._level),
             "recent": {name: [int(held) for held in recent] for name, recent in self._recent.items()},
             "scored": self.scored,
         }
 
     @classmethod
     def restored(cls, plain: Mapping[str, Any]) -> Calibration:
-        """Return a calibration as it was saved; raises ValueError naming the part that is none."""
+        """Return a calibration as it was saved; raises ValueError naming the remedy."""
         found = cls()
         try:
             for name in LEVELS:
-                found._common[name].log, found._common[name].count = _pair(plain["common"][name])
-                own = plain["own"][name]
-                if len(own) != STRATA:
-                    raise ValueError(f"own.{name}: {len(own)} strata, this build has {STRATA}")
-                for factor, pair in zip(found._own[name], own, strict=True):
-                    factor.log, factor.count = _pair(pair)
+                parts = plain["scores"][name]
+                if len(parts) != STRATA:
+                    raise ValueError(f"{len(parts)} strata instead of {STRATA}")
+                for kept, part in zip(found._scores[name], parts, strict=True):
+                    kept.extend([_bounded(float(score))] for score in part)
+                low, high = _LEVELS[name]
+                found._level[name] = min(high, max(low, float(plain["level"][name])))
                 found._recent[name].extend(bool(held) for held in plain["recent"][name])
+                found._stale[name] = True
             found.scored = int(plain["scored"])
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"the saved calibration is not one of this build: {error!r}; delete the file") from None
         return found
 
 
-def _pair(plain: Any) -> tuple[float, int]:
-    log, count = float(plain[0]), int(plain[1])
-    if not -_MOST <= log <= _MOST or count < 0:
-        raise ValueError(f"the saved calibration has the factor {plain!r}; delete the file")
-    return log, count
+def _score(raw_us: float, real_us: float) -> float:
+    return _bounded(log(max(LEAST_US, real_us) / max(LEAST_US, raw_us)))
+
+
+def _bounded(score: float) -> float:
+    if score != score:
+        raise ValueError("a score is no number")
+    return min(_MOST, max(-_MOST, score))
+
+
+def _nearest(parts: list[deque[Score]], stratum: int) -> list[float]:
+    """Return a stratum's scores; where they are few, with those of the next horizons, the same urgency first."""
+    found = [score[0] for score in parts[stratum]]
+    if len(found) >= _ENOUGH:
+        return found
+    urgent, horizon = divmod(stratum, HORIZONS)
+    others = sorted(
+        (each for each in range(STRATA) if each != stratum),
+        key=lambda each: (each // HORIZONS != urgent, abs(each % HORIZONS - horizon)),
+    )
+    for other in others:
+        if len(found) >= _ENOUGH:
+            break
+        found += [score[0] for score in parts[other]]
+    return found
+
+
+def _quantile(scores: list[float], level: float) -> float:
+    """Return the conformal quantile: of so many scores that a new one lies below it with the chance `level`."""
+    count = len(scores)
+    if count < 5:
+        return 0.0
+    place = min(count - 1, max(0, int(np.ceil(level * (count + 1))) - 1))
+    return sorted(scores)[place]

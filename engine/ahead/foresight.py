@@ -13,10 +13,10 @@ from typing import Final
 
 import numpy as np
 
-from engine.ahead.calibration import Calibration, Coverage
+from engine.ahead.calibration import Calibration, Coverage, Score
 from engine.ahead.draws import NORMALS, Floats
 from engine.ahead.forward import Forward, durations_of
-from engine.ahead.measured import Measured
+from engine.ahead.measured import Measured, is_terminal
 from engine.ahead.order import in_order
 from engine.ahead.picture import Painter, Picture
 from engine.commands import Command, Notify
@@ -26,8 +26,9 @@ from engine.profile import Profile
 from engine.state import State
 from engine.tasks import TERMINAL_STATES, Estimate, Micros, TaskSpec, TaskState
 
-MOST_PROMISES: Final = 200_000
-"""Promises that wait for their outcome; beyond that, new tasks are not scored."""
+MANY_PROMISES: Final = 1_000
+"""Where more promises wait for their outcome, only one in `SAMPLE` new ones is scored: enough to learn from, and cheap."""
+SAMPLE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class _Columns:
     finish_p90: list[float]
     stratum: list[int]
     tenant: list[str]
+    raw: dict[str, list[float]]
+    """Quantile -> what the forward run itself said, as times."""
 
 
 class Outlook:
@@ -110,7 +113,7 @@ class Outlook:
         return None if soonest == float("inf") else int(soonest)
 
 
-NOTHING: Final = Outlook(0, {}, _Columns([], [], [], [], [], [], []), 0)
+NOTHING: Final = Outlook(0, {}, _Columns([], [], [], [], [], [], [], {}), 0)
 
 
 @dataclass(slots=True)
@@ -118,8 +121,13 @@ class _Owed:
     """A promise that waits for its outcome."""
 
     stratum: int
+    made_at: Micros
     due: dict[str, float]
     """Quantile -> when it is over, for those not yet judged."""
+    raw_us: dict[str, float]
+    """Quantile -> how far ahead the forward run itself saw it."""
+    broken: dict[str, Score]
+    """Quantile -> what was taken for its score when it broke."""
 
 
 class Foresight:
@@ -146,9 +154,9 @@ class Foresight:
         return len(self._live)
 
     @property
-    def fresh(self) -> int:
-        """Return the number of tasks that have no promise yet."""
-        return len(self._fresh)
+    def fresh(self) -> tuple[str, ...]:
+        """Return the tasks that have no promise yet."""
+        return tuple(self._fresh)
 
     def coverage(self, name: str = "finish_p90") -> Coverage:
         """Return how often promises held lately."""
@@ -163,7 +171,10 @@ class Foresight:
         self._measured.step(now, events, commands)
         tasks = self._state.tasks
         for event in events:
-            if isinstance(event, TaskSubmitted):
+            if isinstance(event, TaskStarted):
+                if event.req_no in self._owed:
+                    self._outcome(now, event.req_no, ("start_p50", "start_p90"))
+            elif isinstance(event, TaskSubmitted):
                 name = event.task.req_no
                 task = tasks.get(name)
                 if task is not None and name not in self._live and task.state not in TERMINAL_STATES:
@@ -173,11 +184,10 @@ class Foresight:
                 task = tasks.get(event.req_no)
                 if task is not None and task.state not in TERMINAL_STATES:
                     self._live[event.req_no] = task
-            elif isinstance(event, TaskStarted):
-                self._outcome(now, event.req_no, ("start_p50", "start_p90"))
         self._judge(now)
         for command in commands:
-            if isinstance(command, Notify) and command.state in TERMINAL_STATES:
+            # Most are orders and news of tasks that go on: identity is cheaper to ask than membership.
+            if isinstance(command, Notify) and is_terminal(command.state):
                 if command.state is TaskState.FINISHED:
                     self._outcome(now, command.req_no, ("start_p50", "start_p90", "finish_p50", "finish_p90"))
                 self._live.pop(command.req_no, None)
@@ -227,15 +237,11 @@ class Foresight:
         finish_50, finish_90 = _quantiles(finishes)
         urgent = np.array([task.urgent for task in tasks])
         never = ~np.isfinite(start_90)
+        raw = {"start_p50": start_50, "start_p90": start_90, "finish_p50": finish_50, "finish_p90": finish_90}
         strata = calibration.strata(np.where(never, 0.0, finish_90 - now), urgent)
         stretched = {
-            name: now + calibration.stretch(name, np.maximum(0.0, np.where(never, 0.0, raw) - now), strata)
-            for name, raw in (
-                ("start_p50", start_50),
-                ("start_p90", start_90),
-                ("finish_p50", finish_50),
-                ("finish_p90", finish_90),
-            )
+            name: now + calibration.stretch(name, np.maximum(0.0, np.where(never, 0.0, each) - now), strata)
+            for name, each in raw.items()
         }
         running = np.array([task.state is TaskState.RUNNING for task in tasks])
         start_50 = np.where(running, start_50, stretched["start_p50"])
@@ -251,6 +257,7 @@ class Foresight:
             finish_90.tolist(),
             strata.tolist(),
             [task.spec.tenant for task in tasks],
+            {name: each.tolist() for name, each in raw.items()},
         )
         index = {task.req_no: number for number, task in enumerate(tasks)}
         return Outlook(now, index, columns, len(ordered))
@@ -261,12 +268,15 @@ class Foresight:
         columns = outlook._columns
         for name in self._fresh:
             number = outlook._index.get(name)
-            if number is None or columns.start_p90[number] == float("inf") or len(self._owed) >= MOST_PROMISES:
+            if number is None or columns.start_p90[number] == float("inf"):
+                continue
+            if len(self._owed) >= MANY_PROMISES and self._live[name].seq % SAMPLE:
                 continue
             due = {"finish_p50": columns.finish_p50[number], "finish_p90": columns.finish_p90[number]}
             if self._live[name].state is not TaskState.RUNNING:
                 due["start_p50"], due["start_p90"] = columns.start_p50[number], columns.start_p90[number]
-            self._owed[name] = _Owed(columns.stratum[number], due)
+            raw_us = {what: max(0.0, columns.raw[what][number] - outlook.at) for what in due}
+            self._owed[name] = _Owed(columns.stratum[number], outlook.at, due, raw_us, {})
             for what, at in due.items():
                 heappush(self._dues, (at, name, what))
         self._fresh.clear()
@@ -278,17 +288,20 @@ class Foresight:
             _, name, what = heappop(dues)
             owed = self._owed.get(name)
             if owed is not None and owed.due.pop(what, None) is not None:
-                self.calibration.learn(what, owed.stratum, False)
+                passed_us = now - owed.made_at
+                owed.broken[what] = self.calibration.overdue(what, owed.stratum, owed.raw_us[what], passed_us)
 
     def _outcome(self, now: Micros, name: str, quantiles: Sequence[str]) -> None:
         """Judge promises of a task that started or ended."""
         owed = self._owed.get(name)
         if owed is None:
             return
+        real_us = now - owed.made_at
         for what in quantiles:
-            at = owed.due.pop(what, None)
-            if at is not None:
-                self.calibration.learn(what, owed.stratum, now <= at)
+            if owed.due.pop(what, None) is not None:
+                self.calibration.came(what, owed.stratum, owed.raw_us[what], real_us)
+            elif (score := owed.broken.pop(what, None)) is not None:
+                self.calibration.corrected(what, score, owed.raw_us[what], real_us)
 
 
 def _supposed(state: State, spec: TaskSpec, estimate: Estimate | None) -> Task:

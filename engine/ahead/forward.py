@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import exp, log
+from statistics import NormalDist
 from typing import Final
 
 import numpy as np
@@ -27,6 +28,14 @@ FAR_US: Final = 30 * 86_400 * 1_000_000
 """Nothing is foreseen beyond 30 days: a task that finds no place by then has no promise."""
 MOST_BUSY: Final = 0.5
 """Most of the places that tasks still to come are taken to need, however fast they came lately: no flood lasts for ever."""
+FLOW_SPREAD: Final = 0.8
+"""Standard deviation of the logarithm of how the rate of arrivals goes on, from the last quarter of an hour's."""
+FLOWS: Final[list[float]] = [
+    exp(FLOW_SPREAD * NormalDist().inv_cdf((int(f"{draw:04b}"[::-1], 2) + 0.5) / DRAWS)) for draw in range(DRAWS)
+]
+"""By draw: what the rates are multiplied by. Bits reversed, so that every second or fourth draw alone covers the range as well."""
+FIRST_BARE: Final = 4
+"""How many lines without a Pod are looked at before a Pod serves on."""
 _NOBODY: Final = 1 << 60
 _LUCKS: Final = 4_096
 LUCK: Final[list[list[float]]] = np.random.Generator(np.random.PCG64(100)).random((DRAWS, _LUCKS)).tolist()
@@ -289,11 +298,12 @@ class _Draw:
                 self._pods[kind] += 1
         self._open = list(range(len(plan.lines)))
         self._bare: list[int] = []
-        """Open lines whose model no Pod holds."""
+        """Open lines whose model no Pod holds, in the order of their first tasks."""
         self._find_bare()
         self._starts = [float("inf")] * len(plan.size)
         self._luck: list[float] = LUCK[draw]
         self._luck_at = 0
+        self._flow = FLOWS[draw]
         self._next_urgent = plan.now + self._gap(plan.urgent_rate)
         self._urgent_due = 0
         self._idle = 0
@@ -353,9 +363,11 @@ class _Draw:
         if not self._bare or (plan.serve_loads and self._ready[place] + plan.serve_loads * plan.loads_us[kind] > at):
             return -1
         best, best_key = -1, (3, 0)
-        for line in self._bare:
+        for line in self._bare[:FIRST_BARE]:
             lump = self._head[line]
-            if lump < own and _hosts(plan.places[place], plan.lines[line]):
+            if lump > own:
+                break
+            if _hosts(plan.places[place], plan.lines[line]):
                 band = self._band(lump, at)
                 if (band, lump) < best_key and self._may_leave(plan.lines[line], lump, own, band, at):
                     best, best_key = line, (band, lump)
@@ -398,7 +410,9 @@ class _Draw:
 
     def _find_bare(self) -> None:
         lines, pods = self._plan.lines, self._pods
-        self._bare = [line for line in self._open if not pods[lines[line].kind]]
+        self._bare = sorted(
+            (line for line in self._open if not pods[lines[line].kind]), key=lambda line: self._head[line]
+        )
 
     def _overtaken(self, place: int, lump: int, line: int, at: float) -> bool:
         """Let a task that was not there yet have the slot, if one has come by now that goes before."""
@@ -446,7 +460,7 @@ class _Draw:
                 self._pods[self._kind[number]] -= 1
             self._kind[number] = each.kind
             self._ready[number] = ready
-        self._pods[each.kind] += 1
+        self._pods[each.kind] += len(gathered)
         self._find_bare()
         lump = self._head[line]
         if len(gathered) > 1:
@@ -502,7 +516,7 @@ class _Draw:
 
     def _gap(self, rate: float) -> float:
         """Return the time to the next arrival, in microseconds."""
-        return -log(1.0 - self._uniform()) / rate if rate > 0 else float("inf")
+        return -log(1.0 - self._uniform()) / (rate * self._flow) if rate > 0 else float("inf")
 
 
 def _hosts(place: Place, line: _Line) -> bool:

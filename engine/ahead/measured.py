@@ -18,6 +18,8 @@ Base = tuple[str, str]
 
 MEMORY_US: Final = 900 * SECOND
 """Time constant of the measured rates."""
+GRAIN_US: Final = 5 * SECOND
+"""Rates decay no more often than this."""
 MOST_BASES: Final = 4_096
 LOAD_SPREAD: Final = 0.35
 """Standard deviation of the logarithm of a load, until enough are measured."""
@@ -50,7 +52,7 @@ class Rate:
         return self._work / self._count if self._count > 1e-9 else 0.0
 
     def _decay(self, now: Micros) -> None:
-        if now > self._at:
+        if now > self._at + GRAIN_US:
             kept = exp(-(now - self._at) / MEMORY_US)
             self._count *= kept
             self._work *= kept
@@ -110,12 +112,7 @@ class Measured:
         for command in commands:
             if isinstance(command, CreatePod):
                 self._creating[command.pod] = ((command.method, command.model), now)
-            elif isinstance(command, Notify) and command.state in (
-                TaskState.FINISHED,
-                TaskState.CANCELLED,
-                TaskState.DEAD,
-                TaskState.REJECTED,
-            ):
+            elif isinstance(command, Notify) and is_terminal(command.state):
                 self._specs.pop(command.req_no, None)
 
     def ordinary(self, base: Base) -> tuple[float, float]:
@@ -174,3 +171,13 @@ class Measured:
                 del table[next(iter(table))]
             found = table[base] = _Spread()
         return found
+
+
+def is_terminal(state: TaskState) -> bool:
+    """Tell whether a state is terminal, without hashing it."""
+    return (
+        state is TaskState.FINISHED
+        or state is TaskState.CANCELLED
+        or state is TaskState.DEAD
+        or state is TaskState.REJECTED
+    )

@@ -115,7 +115,7 @@ class Painter:
         spec = task.spec
         known = self._known.get(task.req_no)
         node = ANY_NODE
-        if spec.affinity is Affinity.STRICT or spec.affinity is Affinity.EXCLUSIVE:
+        if spec.affinity in (Affinity.STRICT, Affinity.EXCLUSIVE):
             group = task.group
             node = group.node.index if group is not None and group.node is not None else ANY_NODE
         if known is not None and known.estimate is task.estimate and known.line[1] == node:

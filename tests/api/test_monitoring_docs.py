@@ -13,6 +13,7 @@ from api.monitoring.fold import MetricsFold
 from api.monitoring.metrics import Metrics
 from api.monitoring.watch import Watch
 from api.sm.capacity import CapacityMetrics
+from api.sm.foresight import ForesightMetrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +29,7 @@ def test_every_metric_is_in_the_page_and_the_page_names_no_other() -> None:
     metrics = Metrics(process=False)
     MetricsFold(metrics)
     CapacityMetrics(metrics.registry)
+    ForesightMetrics(metrics.registry)
     Watch(SupportFake(), metrics, lambda: 0.0)
     there = {f"{one.name}_total" if one.type == "counter" else one.name for one in metrics.registry.collect()}
     named = set(re.findall(r"\baigc_[a-z_]+", page("monitoring.md")))
