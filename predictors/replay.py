@@ -39,6 +39,8 @@ class Replay:
         self.predict_s: list[float] = []
         self.observe_s: list[float] = []
         self.score_from_us = score_from_us
+        self.standing: list[tuple[int, float, bool]] = []
+        """Request, the challenger's advantage by then, and whether it served, at every 250th."""
         self._running: list[tuple[int, int, Row, Prediction]] = []
         self._in_flight: dict[str, int] = {}
         self._finished: dict[str, int] = {}
@@ -50,7 +52,14 @@ class Replay:
             if index % every == 0:
                 tell(index / len(rows))
             self._learn_until(row.submitted_us)
+            if index % 250 == 0:
+                self._note_standing(index)
             self._submit(index, row)
+
+    def _note_standing(self, index: int) -> None:
+        model = self.predictor.methods.get("text_to_image")
+        if model is not None and model.challenger.trees is not None:
+            self.standing.append((index, model.challenger.advantage, model.challenger.serving))
 
     def _submit(self, index: int, row: Row) -> None:
         in_flight = {"in_flight": len(self._running), "in_flight_model": self._in_flight.get(row.model, 0)}

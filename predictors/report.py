@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from engine.tasks import SECOND
 from predictors import baselines
+from predictors.figures import Figures, figures
 from predictors.gentd26 import FAILED, SUCCEED, Row, read_rows
 from predictors.predictor import LEVELS
 from predictors.replay import ELAPSED_S, PINBALL_LEVELS, Replay, Seen
@@ -143,11 +144,29 @@ def run(path: Path, progress: Progress | None = None) -> ReportCard:
     return report(read_rows(path), progress)
 
 
+def run_with_figures(path: Path, progress: Progress | None = None) -> tuple[ReportCard, Figures]:
+    """Return what `run` does and the figures for its pictures."""
+    return report_with_figures(read_rows(path), progress)
+
+
 def report(rows: Sequence[Row], progress: Progress | None = None, train_share: float = TRAIN_SHARE) -> ReportCard:
     """Replay rows in order of submission and score the last part of those that succeeded."""
+    return _measure(rows, progress or _silent, train_share)[0]
+
+
+def report_with_figures(
+    rows: Sequence[Row], progress: Progress | None = None, train_share: float = TRAIN_SHARE
+) -> tuple[ReportCard, Figures]:
+    """Return what `report` does and the figures for its pictures."""
+    tell = progress or _silent
+    card, played, scored = _measure(rows, lambda fraction, note: tell(0.6 * fraction, note), train_share)
+    gains = [(name, scores.sjf_gain) for name, scores in card.points]
+    return card, figures(rows, played, scored, gains, lambda fraction: tell(0.6 + 0.4 * fraction, "figures"))
+
+
+def _measure(rows: Sequence[Row], tell: Progress, train_share: float) -> tuple[ReportCard, Replay, list[Seen]]:
     if not 0.0 < train_share < 1.0:
         raise ValueError(f"train_share: must lie between 0 and 1, got {train_share}")
-    tell = progress or _silent
     succeeded = [row for row in rows if row.status == SUCCEED and row.run_us > 0]
     if len(succeeded) < _LEAST_ROWS:
         raise ValueError(f"the trace has {len(succeeded)} succeeded requests; a report needs at least {_LEAST_ROWS}")
@@ -164,7 +183,7 @@ def report(rows: Sequence[Row], progress: Progress | None = None, train_share: f
     median_s = np.array([seen.quantiles_s[6] for seen in scored])
     points.append((ONLINE, point_scores(truth_s, median_s, np.array([seen.mean_s for seen in scored]))))
     tell(1.0, "done")
-    return ReportCard(
+    card = ReportCard(
         rows=len(rows),
         trained=len(train),
         scored=len(test),
@@ -177,6 +196,7 @@ def report(rows: Sequence[Row], progress: Progress | None = None, train_share: f
         predict_us=_median_us(replay.predict_s),
         observe_us=_median_us(replay.observe_s),
     )
+    return card, replay, scored
 
 
 _BASELINES: tuple[tuple[str, Callable[[Sequence[Row], Sequence[Row]], Series]], ...] = (

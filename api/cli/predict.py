@@ -22,6 +22,7 @@ def _root() -> None:
 def report(
     trace: Annotated[Path, typer.Option(help="Request trace as GenTD26 publishes it (lora_request_trace.csv).")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report card as JSON here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the card with pictures as one page here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a trace in time order and print the predictor's report card beside the baselines."""
@@ -29,7 +30,13 @@ def report(
 
     try:
         with progress_bar("predicting") as update:
-            card = card_of.run(trace, update)
+            if html is None:
+                card = card_of.run(trace, update)
+            else:
+                from sim.prediction_page import write_html
+
+                card, figures = card_of.run_with_figures(trace, update)
+                write_html(card, figures, html)
     except FileNotFoundError:
         fail(f"--trace: {trace} does not exist; give the path of a request trace", Exit.UNREACHABLE)
     except ValueError as error:

@@ -13,8 +13,9 @@ import pytest
 
 from engine.tasks import SECOND
 from predictors import baselines
+from predictors.figures import demand_fan, drift_curve, memory_curve
 from predictors.gentd26 import FAILED, PENDING, SUCCEED, Row, read_rows
-from predictors.report import ONLINE, report, run
+from predictors.report import ONLINE, report, report_with_figures, run
 from predictors.scores import auc, pinball, point_scores, sjf_gain, spearman
 
 TRACE = Path(__file__).resolve().parents[3] / "shared/traces/gentd26/lora_request_trace.csv"
@@ -169,3 +170,42 @@ def test_on_the_real_trace_the_online_predictor_is_ahead_of_every_baseline() -> 
     assert card.calibration.crossings == 0
     assert card.cold_start[0].within_90 >= 85
     assert all(88 <= still.below_p90 <= 92 for still in card.still_running)
+
+
+def test_the_pictures_figures_agree_with_the_card(tmp_path: Path) -> None:
+    rows = made_up(1600)
+    told: list[float] = []
+    card, figures = report_with_figures(rows, lambda fraction, note: told.append(fraction))
+    assert told == sorted(told)
+    assert (
+        sum(group.requests for group in figures.days) == sum(group.requests for group in figures.models) == card.scored
+    )
+    overall = sum(group.requests * group.within_90 for group in figures.days) / card.scored
+    assert overall == pytest.approx(card.calibration.within_90)
+    assert list(figures.below) == sorted(figures.below)
+    widths = np.diff([0.0, *figures.levels, 1.0])
+    assert float(np.dot(figures.pit, widths)) == pytest.approx(1.0)
+    assert dict(figures.sjf)[ONLINE] == dict(card.points)[ONLINE].sjf_gain
+    assert dict(figures.sjf)["the truth"] == 100.0
+
+
+def test_measured_peaks_make_memory_limits_tighter() -> None:
+    curve = memory_curve(made_up(1200))
+    assert list(curve.exceed) == sorted(curve.exceed, reverse=True)
+    assert curve.exceed[8] < curve.exceed_unlearned[8]
+    assert curve.chosen_exceed < 3
+    assert 0 < curve.chosen_slack < 15
+
+
+def test_too_little_demand_has_no_fan() -> None:
+    assert demand_fan(made_up(60)) is None
+    fan = demand_fan(made_up(3600), last_hours=12)
+    assert fan is not None
+    assert all(low <= middle <= high for low, middle, high in zip(fan.low, fan.middle, fan.high, strict=True))
+    assert sum(fan.came) / len(fan.came) == pytest.approx(120, rel=0.05)
+
+
+def test_a_run_that_slows_down_is_followed_in_the_drift_curve() -> None:
+    curve = drift_curve([row for row in made_up(2400) if row.status == SUCCEED])
+    assert curve[0][1] > 0.15
+    assert abs(curve[-1][1]) < 0.1
