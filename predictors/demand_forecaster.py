@@ -148,6 +148,7 @@ def _gpus_per_task(models: Sequence[tuple[float, ModelDemand, Demand]]) -> float
     total = sum(expected for expected, *_ in models)
     if not total:
         return 1.0
-    return sum(
-        expected * each.demand.gpus * each.demand.gpu_share / 1000 / each.slots for expected, each, _ in models
-    ) / (total)
+    return (
+        sum(expected * each.demand.gpus * each.demand.gpu_share / 1000 / each.slots for expected, each, _ in models)
+        / total
+    )

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,21 @@ _STACK = ("weights", "covariance", "regret", "variance")
 _CALIBRATION = ("pool", "seen", "levels", "bias")
 _PROMISE = ("point", "arrivals", "work", "active", "arrival_quantiles", "work_quantiles")
 _DRAWN = ("experts", "features", "most")
+
+
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What reading a damaged archive may raise."""
 
 
 class DemandUnusable(ValueError):
@@ -56,7 +73,7 @@ def loads(data: bytes) -> DemandModel:
             arrays = {name: archive[name] for name in archive.files}
         head = json.loads(arrays.pop("head").tobytes())
         schema, digest = head["schema"], head["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise DemandUnusable("not a saved demand forecast; remove it to start anew") from error
     if schema != SCHEMA:
         raise DemandUnusable(f"schema {schema}, this version reads {SCHEMA}; remove it to start anew")
