@@ -21,7 +21,7 @@ from api.support.quotes import Asked, Foreseeing, Told, answer, told_apart
 from api.whatif_request import WhatIfRequest
 from engine.ahead.foresight import Promise
 from engine.ahead.instead import would_start_if
-from engine.events import Event, ModelUnloadRequested, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
+from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
 T = TypeVar("T")
