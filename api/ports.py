@@ -156,6 +156,10 @@ class SupportPort(Protocol):
         """Take work again (operators)."""
         ...
 
+    async def unload(self, node: str, model_id: str) -> None:
+        """Let a model's idle Pods and files leave a node; what is in use or deployed stays (operators)."""
+        ...
+
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths by tenant, priority and reason; engine and MQ counters (operators)."""
         ...

@@ -24,5 +24,7 @@ ROOMY: Final = 9
 NODE_CHANGED: Final = 10
 POD_UNUSED: Final = 11
 """A Pod that may not be used again became empty."""
+UNLOAD: Final = 13
+"""A model is to leave a node."""
 CAPACITY: Final = 12
 """Time to look whether nodes and warm Pods are as many as wanted."""

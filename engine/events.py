@@ -99,6 +99,14 @@ class NodeUncordoned:
     gpu: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModelUnloadRequested:
+    """A model's idle Pods and files are to leave a node; what is in use or deployed stays."""
+
+    node: str
+    model: str
+
+
 # --- from agents ----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +231,7 @@ Event = (
     | ModelUndeployed
     | NodeDrainRequested
     | NodeUncordoned
+    | ModelUnloadRequested
     | NodeJoined
     | NodeReported
     | NodeLost

@@ -203,6 +203,15 @@ def node_joined(state: State, now: Micros, e: ev.NodeJoined) -> None:
     _touch(state, node)
 
 
+def model_unload_requested(state: State, now: Micros, e: ev.ModelUnloadRequested) -> None:
+    """An operator wants a model off a node that is up."""
+    node = state.cluster.by_name.get(e.node)
+    if node is None or not node.up or not e.model:
+        state.ignore(e)
+        return
+    state.agenda.append((agenda.UNLOAD, e))
+
+
 def node_reported(state: State, now: Micros, e: ev.NodeReported) -> None:
     """What the DevicePlugin sees: Pods on devices that are gone or ill are doomed."""
     node = state.cluster.by_name.get(e.node)
@@ -425,6 +434,7 @@ EVENT_FOLDS: dict[type, Callable[[State, Micros, Any], None]] = {
     ev.NodeDrainRequested: drain_requested,
     ev.NodeUncordoned: node_uncordoned,
     ev.NodeJoined: node_joined,
+    ev.ModelUnloadRequested: model_unload_requested,
     ev.NodeReported: node_reported,
     ev.NodeLost: node_lost,
     ev.PodStarted: pod_started,

@@ -1,4 +1,4 @@
-"""`aigc models`: list, show, deploy, undeploy, delete."""
+"""`aigc models`: list, show, deploy, undeploy, unload, delete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from api.cli.client import GatewayClient
 from api.cli.options import DEFAULT_STATE, Json, Key, State, Url
 from api.cli.output import err, print_facts, print_json, print_rows
 
-app = typer.Typer(no_args_is_help=True, help="Models: list, show, deploy, undeploy, delete.")
+app = typer.Typer(no_args_is_help=True, help="Models: list, show, deploy, undeploy, unload, delete.")
 ModelId = Annotated[str, typer.Argument(help="The model's id.")]
 
 
@@ -57,6 +57,36 @@ def undeploy(
         print_json(answer)
     else:
         err.print(f"{model_id}: undeployed", markup=False)
+
+
+@app.command()
+def unload(
+    model_id: ModelId,
+    node: Annotated[str, typer.Option(help="Only this node; else every node that holds the model.")] = "",
+    url: Url = "",
+    key: Key = "",
+    state_dir: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Take a model's idle Pods and files off the nodes that hold them; what is in use or deployed stays (operators)."""
+    client = GatewayClient(url, key, state_dir)
+    names = [node] if node else _holders(client, model_id)
+    for name in names:
+        client.request("POST", f"/v1/nodes/{name}/unload", json={"model": model_id})
+    if as_json:
+        print_json({"model_id": model_id, "nodes": names})
+    else:
+        err.print(f"{model_id}: leaves {', '.join(names) or 'no node: none holds it'}", markup=False)
+
+
+def _holders(client: GatewayClient, model_id: str) -> list[str]:
+    nodes = client.request("GET", "/v1/nodes")["data"]
+    return [
+        str(node["name"])
+        for node in nodes
+        if node.get("up", True)
+        and any(each["model"] == model_id for each in (*node.get("models", ()), *node.get("pods", ())))
+    ]
 
 
 @app.command()

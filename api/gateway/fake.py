@@ -272,6 +272,11 @@ class SupportFake:
         """Take work again."""
         self._node(node, gpu)["state"] = "ready"
 
+    async def unload(self, node: str, model_id: str) -> None:
+        """Let a model leave a node."""
+        row = self._node(node, None)
+        row["models"] = [each for each in row.get("models", ()) if each["model"] != model_id]
+
     def _node(self, node: str, gpu: str | None) -> dict[str, Any]:
         row = self.node_rows.get(node)
         if row is None or (gpu and all(one["uuid"] != gpu for one in row["gpus"])):

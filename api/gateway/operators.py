@@ -47,6 +47,22 @@ class NodeOrder(BaseModel):
     order: Literal["drain", "uncordon"]
 
 
+class ModelChoice(BaseModel):
+    """A model on a node."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=200)
+
+
+class UnloadOrder(BaseModel):
+    """An order about a model on a node that was taken."""
+
+    node: str
+    model: str
+    order: Literal["unload"]
+
+
 class NewKey(BaseModel):
     """A key to make."""
 
@@ -119,6 +135,16 @@ async def uncordon(
     await parts.support.uncordon(node, gpu)
     log.info("node_uncordoned", node=node, gpu=gpu, by=known.key_id)
     return NodeOrder(node=node, gpu=gpu, order="uncordon")
+
+
+@router.post(
+    "/nodes/{node}/unload", response_model=UnloadOrder, responses=declared(), summary="Take a model off a node"
+)
+async def unload(node: NodeName, known: OperatorCaller, parts: GatewayParts, body: ModelChoice) -> UnloadOrder:
+    """Let a model's idle Pods and its files leave a node; what is in use or deployed stays."""
+    await parts.support.unload(node, body.model)
+    log.info("model_unloaded", node=node, model=body.model, by=known.key_id)
+    return UnloadOrder(node=node, model=body.model, order="unload")
 
 
 @router.get("/queue", response_model=dict[str, Any], responses=declared(), summary="Look at the queue")

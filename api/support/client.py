@@ -173,6 +173,10 @@ class SupportClient:
         """Take work again."""
         await self._call("POST", f"/internal/nodes/{_part(node)}/uncordon", body={"gpu": gpu})
 
+    async def unload(self, node: str, model_id: str) -> None:
+        """Let a model leave a node."""
+        await self._call("POST", f"/internal/nodes/{_part(node)}/unload", body={"model": model_id})
+
     async def queue(self) -> Mapping[str, Any]:
         """Return queue lengths and counters."""
         answer: Mapping[str, Any] = await self._call("GET", "/internal/queue")

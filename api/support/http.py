@@ -44,6 +44,12 @@ class _Deployment(BaseModel):
     pods: int
 
 
+class _Unload(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+
+
 class _Device(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -180,6 +186,11 @@ def _operator_routes(app: FastAPI, support: SupportPort) -> None:
     @app.post("/internal/nodes/{node}/uncordon")
     async def uncordon(node: str, order: _Device) -> Any:
         await support.uncordon(node, order.gpu)
+        return Response(status_code=204)
+
+    @app.post("/internal/nodes/{node}/unload")
+    async def unload(node: str, order: _Unload) -> Any:
+        await support.unload(node, order.model)
         return Response(status_code=204)
 
     @app.get("/internal/queue")

@@ -21,7 +21,7 @@ from api.support.quotes import Asked, Foreseeing, Told, answer, told_apart
 from api.whatif_request import WhatIfRequest
 from engine.ahead.foresight import Promise
 from engine.ahead.instead import would_start_if
-from engine.events import Event, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
+from engine.events import Event, ModelUnloadRequested, NodeDrainRequested, NodeUncordoned, TaskCancelRequested
 from engine.scheduler import Engine
 
 T = TypeVar("T")
@@ -319,6 +319,17 @@ class SupportService:
         """Take work again."""
         await self._check_node(node, gpu)
         self._core.post(NodeUncordoned(node, gpu))
+        await self._loop.ask(lambda _: None)
+
+    async def unload(self, node: str, model_id: str) -> None:
+        """Let a model's idle Pods and files leave a node."""
+        nodes = {item["name"]: item for item in await self.nodes()}
+        if node not in nodes:
+            raise _absent("node", node)
+        held = {each["model"] for each in (*nodes[node].get("models", ()), *nodes[node]["pods"])}
+        if model_id not in held:
+            raise SupportRefused(404, "not_found", f"node {node} holds no model {model_id[:200]!r}; see its models")
+        self._core.post(ModelUnloadRequested(node, model_id))
         await self._loop.ask(lambda _: None)
 
     async def _check_node(self, node: str, gpu: str | None) -> None:

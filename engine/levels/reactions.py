@@ -11,6 +11,7 @@ from engine.entities import Claim, Node, Pod, Task
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
 from engine.levels.ordering import AGED, ORDINARY
+from engine.levels.unloading import unload
 from engine.making import notify
 from engine.reasons import Reason
 from engine.states import FINISHED, PENDING, RUNNING
@@ -261,4 +262,5 @@ REACTIONS: dict[int, Callable[[Turn, Any], None]] = {
     agenda.NODE_CHANGED: _node_changed,
     agenda.POD_UNUSED: _pod_unused,
     agenda.CAPACITY: _capacity,
+    agenda.UNLOAD: unload,
 }

@@ -118,17 +118,22 @@ class DiskTier:
             shelf.unpin(model_id)
 
     def drop(self, model_id: str) -> int:
-        """Unpin a model and remove its files unless somebody holds them; returns how many bytes that freed."""
+        """Unpin a model and remove its files; returns how many bytes that freed. What somebody holds goes when nobody does."""
         freed = 0
         with self._session() as shelf:
             shelf.unpin(model_id)
             for key in shelf.keys_of(model_id):
-                size = shelf.size_of(key)
-                if self._remove(key):
-                    shelf.ledger.drop(key)
-                    shelf.forget(key)
-                    freed += size
+                freed += shelf.size_of(key) if self._remove(key) else 0
+                shelf.ledger.drop(key)
+                shelf.forget(key)
         return freed
+
+    def tidy(self) -> None:
+        """Remove what has no place here any more and is not in use; cheap where there is nothing."""
+        shelf = self._read()
+        if any(path.name not in shelf.ledger for path in self._models()):
+            with self._session():
+                pass
 
     # --- what is there ----------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ class NodeStock:
         return tuple(sorted({**counts, **self._memory, "orders_failed": self._failures}.items()))
 
     def _look(self) -> tuple[ResidentModel, ...]:
+        self._models.disk.tidy()
         found: list[ResidentModel] = []
         for name, directory in self._models.base_models().items():
             found.append(_seen(name, directory, pages.size_bytes(directory), pinned=False))

@@ -18,6 +18,7 @@ OPERATORS = {
     ("GET", "/v1/nodes"),
     ("POST", "/v1/nodes/{node}/drain"),
     ("POST", "/v1/nodes/{node}/uncordon"),
+    ("POST", "/v1/nodes/{node}/unload"),
     ("GET", "/v1/queue"),
     ("POST", "/v1/whatif"),
     ("GET", "/v1/alerts"),
@@ -33,6 +34,7 @@ BODIES = {
     "/v1/images/generations": {"prompt": "x", "timeout_s": 0.02},
     "/v1/models/{model_id}/deploy": {"pods": 1},
     "/v1/keys": {"tenant": "eve"},
+    "/v1/nodes/{node}/unload": {"model": "lora-1"},
 }
 
 

@@ -31,6 +31,24 @@ def metrics(gw: GatewayFake) -> dict[str, float]:
     return found
 
 
+def test_a_model_is_taken_off_a_node_by_operators_only(gw: GatewayFake) -> None:
+    gw.support.node_rows["node-1"]["models"] = [{"model": "m", "tier": "disk"}, {"model": "k", "tier": "disk"}]
+    taken = gw.client.post("/v1/nodes/node-1/unload", json={"model": "m"}, headers=gw.ops)
+    assert taken.json() == {"node": "node-1", "model": "m", "order": "unload"}
+    assert [each["model"] for each in gw.support.node_rows["node-1"]["models"]] == ["k"]
+    assert gw.client.post("/v1/nodes/node-1/unload", json={"model": "m"}, headers=gw.ana).status_code == 403
+    assert gw.client.post("/v1/nodes/node-2/unload", json={"model": "m"}, headers=gw.ops).status_code == 404
+    for body in ({}, {"model": ""}, {"model": "m", "force": True}):
+        assert gw.client.post("/v1/nodes/node-1/unload", json=body, headers=gw.ops).status_code == 422
+
+
+def test_what_nodes_say_of_their_caches_is_measured(gw: GatewayFake) -> None:
+    gw.support.node_rows["node-1"]["caches"] = {"disk": {"hits": 7, "bytes": 5}, "memory": {"models": 2}}
+    shown = metrics(gw)
+    assert shown["aigc_node_cache{figure=hits,node=node-1,tier=disk}"] == 7
+    assert shown["aigc_node_cache{figure=models,node=node-1,tier=memory}"] == 2
+
+
 def test_nodes_are_listed_drained_and_let_work_again(gw: GatewayFake) -> None:
     assert gw.client.get("/v1/nodes", headers=gw.ops).json()["data"][0]["name"] == "node-1"
     assert gw.client.post("/v1/nodes/node-1/drain", headers=gw.ops).json() == {

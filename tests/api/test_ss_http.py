@@ -100,6 +100,9 @@ class Scripted:
     async def uncordon(self, node: str, gpu: str | None = None) -> None:
         self.asked.append(("uncordon", node, gpu))
 
+    async def unload(self, node: str, model_id: str) -> None:
+        self.asked.append(("unload", node, model_id))
+
     async def queue(self) -> Mapping[str, Any]:
         return {"mq": {}}
 
@@ -146,6 +149,7 @@ def test_every_call_arrives_and_its_answer_comes_back(scripted: Scripted) -> Non
         assert await client.nodes() == [{"name": "n1"}]
         await client.drain("n1", "gpu-0")
         await client.uncordon("n1")
+        await client.unload("n1", "org/sd 1.5")
         assert await client.queue() == {"mq": {}}
         assert await client.whatif(WhatIfRequest(add_nodes=["1xa100"], load=1.5)) == {"lines": []}
         assert (await client.health())["ready"]
@@ -154,6 +158,7 @@ def test_every_call_arrives_and_its_answer_comes_back(scripted: Scripted) -> Non
     assert ("jobs", "acme", 2, "9", "running", "a b") in scripted.asked
     assert ("drain", "n1", "gpu-0") in scripted.asked
     assert ("uncordon", "n1", None) in scripted.asked
+    assert ("unload", "n1", "org/sd 1.5") in scripted.asked
     assert ("whatif", WhatIfRequest(add_nodes=["1xa100"], load=1.5)) in scripted.asked
 
 

@@ -27,9 +27,9 @@ from api.support.drill import DrillWorld
 from api.support.intake import MethodDefaults
 from api.support.jobs import Model
 from engine import profiles
-from engine.events import TaskFailed, TaskFinished, TaskProgressed
+from engine.events import NodeReported, TaskFailed, TaskFinished, TaskProgressed
 from engine.limits import Limits
-from engine.resources import Demand
+from engine.resources import Demand, ResidentModel, Tier
 from engine.scheduler import Engine
 from engine.tasks import FailureCause
 from executors.dfs import open_store
@@ -464,6 +464,24 @@ def test_nodes_are_shown_drained_and_opened_again(platform: Platform) -> None:
     platform.call(lambda: platform.support.uncordon("drill-0"))
     assert not platform.call(platform.support.nodes)[0]["draining"]
     for call in (lambda: platform.support.drain("nowhere"), lambda: platform.support.drain("drill-0", "no-gpu")):
+        with pytest.raises(SupportRefused) as caught:
+            platform.call(call)
+        assert caught.value.status == 404
+
+
+def test_a_node_is_shown_with_the_models_it_holds_and_gives_one_up(platform: Platform) -> None:
+    platform.scheduler.core.stocks.note(
+        [
+            NodeReported(
+                "drill-0", (), resident=(ResidentModel("m", Tier.MEMORY, 5, True),), cache_counts=(("disk_hits", 3),)
+            )
+        ]
+    )
+    (node,) = platform.call(platform.support.nodes)
+    assert node["models"] == [{"model": "m", "tier": "memory", "size_bytes": 5, "pinned": True}]
+    assert node["caches"] == {"disk": {"hits": 3}}
+    platform.call(lambda: platform.support.unload("drill-0", "m"))
+    for call in (lambda: platform.support.unload("nowhere", "m"), lambda: platform.support.unload("drill-0", "k")):
         with pytest.raises(SupportRefused) as caught:
             platform.call(call)
         assert caught.value.status == 404

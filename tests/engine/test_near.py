@@ -9,7 +9,7 @@ import pytest
 
 from engine import events as ev
 from engine import profiles
-from engine.commands import PrefetchModel, ReleaseModel
+from engine.commands import DeletePod, PrefetchModel, ReleaseModel
 from engine.levels.near import LOOK_EVERY_US, MOST_ORDERS
 from engine.profile import Profile
 from engine.resources import Demand, ResidentModel
@@ -118,3 +118,31 @@ def test_one_look_gives_no_more_orders_than_its_bound_and_the_next_goes_on(desk:
     assert max(counts[1:]) <= MOST_ORDERS
     assert counts[0] == MOST_ORDERS + 5
     assert len(d.engine.state.cluster.by_name["n1"].pins) == MOST_ORDERS + 5
+
+
+def test_an_operator_takes_a_model_off_a_node_but_not_from_under_anybody(desk: Any, task: Any) -> None:
+    d = desk("aigc")
+    d.node("n1", gpus=3)
+    d.answer(d.submit(task("idle", model="m"), task("busy", model="k")))
+    d.answer(d.finish("idle"))
+    orders = d.step(ev.ModelUnloadRequested("n1", "m"))
+    [pod] = [pod.number for pod in d.engine.state.pods.values() if pod.model == "m"]
+    assert [c.pod for c in orders if isinstance(c, DeletePod)] == [pod]
+    assert [c for c in orders if isinstance(c, ReleaseModel)] == [ReleaseModel("n1", "m", drop=True)]
+    d.answer(orders)
+    orders = d.step(ev.ModelUnloadRequested("n1", "k"))
+    assert [c for c in orders if isinstance(c, DeletePod)] == []
+    assert "k" in d.engine.state.cluster.by_name["n1"].models
+
+
+def test_a_deployed_models_pods_stay_when_it_is_unloaded(desk: Any) -> None:
+    d = desk("aigc")
+    d.node("n1")
+    d.answer(d.step(ev.ModelDeployed("m", "sleep", Demand(gpus=1))))
+    assert [c for c in d.step(ev.ModelUnloadRequested("n1", "m")) if isinstance(c, DeletePod)] == []
+
+
+def test_unloading_from_a_node_that_is_not_there_changes_nothing(desk: Any) -> None:
+    d = desk("aigc")
+    assert list(d.step(ev.ModelUnloadRequested("nowhere", "m"))) == []
+    assert d.engine.state.ignored["ModelUnloadRequested"] == 1

@@ -150,10 +150,16 @@ def test_a_dropped_model_is_gone_unless_it_is_in_use(tier: DiskTier, store: Obje
     path = tier.fetch("a", files)
     assert tier.drop("a") == 0
     assert path.is_dir()
+    assert ids(tier) == []
+    tier.tidy()
+    assert path.is_dir(), "it is in use"
     tier.release(files)
-    assert tier.drop("a") == SIZE
+    tier.tidy()
     assert not path.exists()
     assert tier.counts()["bytes"] == 0
+    tier.fetch("a", files, hold=False)
+    assert tier.drop("a") == SIZE
+    assert not path.exists()
     assert tier.drop("never here") == 0
 
 
@@ -396,5 +402,8 @@ def test_several_processes_hold_one_model_and_a_hold_ends_with_its_process(
         assert tier.fetch("a", files).is_dir()
         tier.release(files)
         assert tier.drop("a") == 0
+        tier.tidy()
+        assert len(present(tier)) == 1
         other.kill()
-    assert tier.drop("a") == SIZE
+    tier.tidy()
+    assert present(tier) == set()
