@@ -250,3 +250,29 @@ def test_an_attempt_tells_how_much_memory_its_pod_held_and_it_needed(bench: Benc
     large = bench.expect(AttemptFinished, "large").peak_gpu_memory_bytes
     assert 12 << 20 < small < large < 2 << 30, "the weights alone are 12 MiB"
     bench.down()
+
+
+def _stored(bench: Bench, mode: str, colour: Any) -> str:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new(mode, (64, 64), colour).save(out, "PNG")
+    return bench.store.put_bytes(out.getvalue()).file_id
+
+
+def test_uploaded_pictures_are_begun_with_in_the_shared_batch(bench: Bench) -> None:
+    image, mask = _stored(bench, "RGB", (200, 30, 30)), _stored(bench, "L", 255)
+    bench.up(SLOTS)
+    bench.start("text", seed=1, steps=12)
+    bench.start("image", seed=1, steps=12, image=image, strength=0.25)
+    bench.start("mask", seed=1, steps=6, image=image, mask=mask)
+    bench.start("gone", image="a" * 64)
+    bench.start("control", control=[{"model": "canny", "image": image}])
+    made = {name: bench.pictures(bench.expect(AttemptFinished, name))[0] for name in ("text", "image", "mask")}
+    assert np.abs(made["image"] - (200, 30, 30)).mean() < np.abs(made["text"] - (200, 30, 30)).mean() / 2
+    assert np.abs(made["mask"] - made["image"]).max() > 8
+    for name, reason in (("gone", "is not in the file store"), ("control", "has no ControlNet 'canny'")):
+        failure = bench.expect(AttemptFailed, name)
+        assert failure.cause is FailureCause.BAD_INPUT
+        assert reason in failure.detail
+    bench.down()
