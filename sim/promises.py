@@ -100,6 +100,15 @@ class PromiseScore:
         }
 
 
+def told(score: PromiseScore) -> str:
+    """Return in a sentence how promised finishes did."""
+    lately = f", and {score.lately:.1%} over the last 1,000" if score.lately == score.lately else ""
+    return (
+        f"load {score.load:g}: our P90 of the finish held for {score.coverage('finish_p90'):.1%} of {len(score.outcomes)} tasks"
+        f"{lately}; the P50 for {score.coverage('finish_p50'):.1%}"
+    )
+
+
 class Scorer:
     """A journal that looks ahead every `look_us` while anything changes."""
 
