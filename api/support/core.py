@@ -253,7 +253,9 @@ class SupportCore:
         job, spec = request.job, request.spec
         if spec is None or job.method not in (TRAINING_METHOD, GENERATES):
             return request
-        wrong = self._memory.problem(job.model, job.parameters)
+        trains = job.method == TRAINING_METHOD
+        look = self._memory.training_problem if trains else self._memory.problem
+        wrong = look(job.model, job.parameters)
         if wrong:
             raise MessageRefused("invalid", f"body.parameters.{wrong}", job.req_no, job.tenant, job.header)
         features = tuple(sorted({**dict(spec.features), **dict(self._memory.features(job.model))}.items()))

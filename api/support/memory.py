@@ -11,7 +11,7 @@ from typing import Any
 
 from api.support.jobs import Model
 from executors.memory.footprint import Footprint, FootprintUnknown, read_footprint
-from executors.memory.plan import too_large
+from executors.memory.plan import TrainingNeeds, too_large, training_too_large
 from executors.pod_models import BUILTIN_MODELS
 
 HALF_BYTES = 2
@@ -40,6 +40,23 @@ class MemoryDoor:
         width, height = (int(parameters.get(name) or _PLAIN_PX) for name in ("width", "height"))
         wrong = too_large(found, HALF_BYTES, width, height, largest, model_id)
         return f"width, height: {wrong}" if wrong else ""
+
+    def training_problem(self, model_id: str, parameters: Mapping[str, Any]) -> str:
+        """Return why a training can never run here, as ``size: ...``; empty when it can, or nobody knows."""
+        largest = self._largest_card()
+        found = self._footprint(model_id) if largest else None
+        if found is None:
+            return ""
+        trained = ("unet", "text_encoder", "text_encoder_2") if parameters.get("text_encoder", True) else ("unet",)
+        needs = TrainingNeeds(
+            side_px=int(parameters.get("size") or found.native_px),
+            rows=1,
+            full=parameters.get("method") == "full",
+            parts=trained,
+            frugal=bool(parameters.get("gradient_checkpointing", False)),
+        )
+        wrong = training_too_large(found, HALF_BYTES, needs, largest, model_id)
+        return f"size: {wrong}" if wrong else ""
 
     def features(self, model_id: str) -> tuple[tuple[str, str | int], ...]:
         """Return what predictions know a model by: its family and the size of its weights; nothing for the bundled one."""

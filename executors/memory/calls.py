@@ -30,6 +30,10 @@ class CallMemory:
         tiled = size.tiled or (not size.decoded_at_once and self.plan.footprint.tiles)
         return SizePlan(width, height, max(1, size.at_once), max(1, size.decoded_at_once), tiled=tiled)
 
+    def free_bytes(self) -> int | None:
+        """Return what may still be allocated on the device; None where nobody says."""
+        return self._meter.free_bytes()
+
     @contextmanager
     def call(
         self, phase: Phase, width: int, height: int, rows: int, pictures: Sequence[str], *, tiled: bool = False

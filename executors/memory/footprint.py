@@ -23,6 +23,8 @@ ATTENTION_AT_FULL_SIZE = 26.1
 """Live elements at the peak of a UNet's step, for each latent place, row and channel of its first block: SD 1.x and 2.x."""
 CONVOLUTION_AT_FULL_SIZE = 15.9
 """The same where the first block has no attention: SDXL."""
+TRAINING = {True: (366.0, 95.0), False: (683.0, 69.0)}
+"""Live elements of a UNet's forward and backward pass, as above, by whether its first block attends: kept, and computed twice."""
 JOINT_TRANSFORMER = 13.5
 """Live elements of a joint transformer's step, for each token, row and channel of its width: SD3."""
 PACKED_TRANSFORMER = 20.0
@@ -67,6 +69,10 @@ class Footprint:
     """The autoencoder can decode in tiles."""
     family: str = ""
     """As the predictors call it: ``sd15``, ``sdxl``; empty for others."""
+    train_elements: float = 0.0
+    """Of a training's step, as `step_elements`; 0 where the family is not trained."""
+    frugal_elements: float = 0.0
+    """The same where activations are computed twice."""
     native_px: int = 512
     """Side of the pictures that the model was made for."""
 
@@ -84,6 +90,11 @@ class Footprint:
         """Return the peak of activations in one call of the network; a guided picture has two rows."""
         places = -(-width // self.factor) * -(-height // self.factor)
         return math.ceil(self.step_elements * places * rows * item_bytes)
+
+    def train_bytes(self, width: int, height: int, rows: int, item_bytes: int, *, frugal: bool = False) -> int:
+        """Return the peak of activations in a training's step; `frugal`: they are computed twice instead of kept."""
+        places = -(-width // self.factor) * -(-height // self.factor)
+        return math.ceil((self.frugal_elements if frugal else self.train_elements) * places * rows * item_bytes)
 
     def decode_bytes(self, width: int, height: int, pictures: int, item_bytes: int, tiled: bool = False) -> int:
         """Return the peak of activations in decoding so many pictures at once, or one after the other in tiles."""
@@ -117,6 +128,8 @@ def read_footprint(folder: Path) -> Footprint:
     return Footprint(
         parts=parts,
         step_elements=_step_elements(network),
+        train_elements=_train_elements(network)[0],
+        frugal_elements=_train_elements(network)[1],
         decode_elements=_decode_elements(vae, tiny),
         factor=factor,
         upcasts=bool(vae.get("force_upcast", not tiny)) and "XL" in kind_of_pipeline,
@@ -179,6 +192,14 @@ def _step_elements(config: Mapping[str, Any]) -> float:
     if "num_single_layers" in config:
         return PACKED_TRANSFORMER * width / 4  # Two by two latent places are one token.
     return JOINT_TRANSFORMER * width / int(config.get("patch_size", 1)) ** 2
+
+
+def _train_elements(config: Mapping[str, Any]) -> tuple[float, float]:
+    if "block_out_channels" not in config:
+        return 0.0, 0.0
+    width = float(config["block_out_channels"][0])
+    kept, twice = TRAINING["CrossAttn" in str(config["down_block_types"][0])]
+    return kept * width, twice * width
 
 
 def _decode_elements(vae: Mapping[str, Any], tiny: bool) -> float:

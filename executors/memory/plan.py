@@ -137,6 +137,57 @@ def too_large(footprint: Footprint, item_bytes: int, width: int, height: int, la
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingNeeds:
+    """What a training asks for."""
+
+    side_px: int
+    rows: int
+    """Rows of a batch, prior rows included."""
+    full: bool = False
+    """All weights are trained, not an adapter."""
+    parts: tuple[str, ...] = ("unet",)
+    """Parts that are trained."""
+    frugal: bool = False
+    """Activations are computed twice instead of kept."""
+
+
+_TRAINED_BYTES = 16
+"""Of a trained number: itself, its gradient and two moments, in single precision."""
+
+
+def training_parts(footprint: Footprint, item_bytes: int, needs: TrainingNeeds, free_bytes: int) -> int:
+    """Return into how many parts a batch must be cut to fit what is free beside the weights; one row each at most."""
+    each = footprint.train_bytes(needs.side_px, needs.side_px, 1, item_bytes, frugal=needs.frugal) * MARGIN
+    free_bytes -= _trained_bytes(footprint, needs)
+    if each <= 0 or each * needs.rows <= free_bytes:
+        return 1
+    return min(needs.rows, -(-needs.rows // max(1, int(free_bytes // each))))
+
+
+def training_too_large(
+    footprint: Footprint, item_bytes: int, needs: TrainingNeeds, largest_bytes: int, model: str
+) -> str:
+    """Return why a training can never run on the largest card there is; empty when it can, row by row."""
+    least = footprint.weights_bytes(item_bytes) + _trained_bytes(footprint, needs)
+    least += footprint.train_bytes(needs.side_px, needs.side_px, 1, item_bytes, frugal=needs.frugal)
+    if least <= largest_bytes:
+        return ""
+    ways = [] if needs.frugal else ["gradient_checkpointing"]
+    ways += ["method lora"] if needs.full else []
+    return (
+        f"a training of {model} at {needs.side_px} px needs at least {least / GIB:.1f} GiB of GPU memory, the largest GPU here "
+        f"has {largest_bytes / GIB:.1f} GiB; ask for {', '.join([*ways, 'a smaller size'])}"
+    )
+
+
+def _trained_bytes(footprint: Footprint, needs: TrainingNeeds) -> int:
+    """Memory of what is trained; an adapter's is small beside everything else."""
+    if not needs.full:
+        return 0
+    return _TRAINED_BYTES * sum(footprint.parts[name].numbers for name in needs.parts if name in footprint.parts)
+
+
 def described(footprint: Footprint, item_bytes: int, room_bytes: int) -> tuple[Place, str]:
     """Say in a line what a model needs on a device of that size, and what is decided for its own size and twice that."""
     plan, own = MemoryPlan(footprint, item_bytes, room_bytes), footprint.native_px

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from executors.memory.plan import TrainingNeeds, training_parts
 from executors.methods import (
     adapters,
     buckets,
@@ -77,6 +78,7 @@ class DreamBooth:
             training = _prepare(parameters, loaded, parts, self._base_sha256, context)
             if not _resume(training, context):
                 _make_prior(training, context)
+            training.parts = _planned_parts(training)
             _train(training, context)
             return finish(training)
         finally:
@@ -235,6 +237,18 @@ def _make_prior(training: Training, context: MethodContext) -> None:
             loaded, prompts, seed=asked.seed, guidance=guidance, size_px=training.size_px, before_step=before_step
         )
     prior_cache.keep(context.cache_dir, key, training.prior.latents)
+
+
+def _planned_parts(training: Training) -> int:
+    """Into how many parts a batch must be cut to fit the device; one where its memory or the model's needs are not known."""
+    asked, memory = training.asked, training.loaded.memory
+    free = None if memory is None else memory.free_bytes()
+    if memory is None or memory.plan is None or free is None:
+        return 1
+    rows = asked.batch * (2 if training.prior is not None else 1)
+    trained = tuple(name for name in training.loaded.parts if asked.text_encoder or name == "unet")
+    needs = TrainingNeeds(training.size_px, rows, asked.method == "full", trained, asked.gradient_checkpointing)
+    return training_parts(memory.plan.footprint, memory.plan.item_bytes, needs, free)
 
 
 def _train(training: Training, context: MethodContext) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from executors.memory.footprint import read_footprint
 from executors.memory.meter import HostMeter
 from executors.memory.plan import GIB, MemoryPlan, Place
 from executors.memory.residence import Residence
-from executors.methods import pipelines, sampling
+from executors.methods import dreambooth, pipelines, sampling
 from executors.methods.base import ModelRef, NotFinite
+from executors.methods.parameters import DreamBoothParameters
 from executors.pod_models import BUILTIN_MODELS
 
 pytestmark = [
@@ -363,3 +365,21 @@ def test_an_overflow_in_half_precision_is_decoded_once_more_in_single(
     assert seen == [torch.float16, torch.float32]
     assert np.abs(np.asarray(picture, dtype=float) - whole).max() <= 2
     assert vae.dtype is torch.float16, "the next picture is decoded in half again"
+
+
+# --- training -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows_free", "parts"), [(100.0, 1), (3.5, 3), (0.0, 8)])
+def test_a_training_begins_in_as_many_parts_as_the_device_asks_for(
+    tiny: pipelines.LoadedPipeline, rows_free: float, parts: int
+) -> None:
+    meter = Scripted(0)
+    plan = _planned(tiny, meter)
+    meter.free = int(plan.footprint.train_bytes(64, 64, 1, 4) * 1.26 * rows_free)
+    options = {"pictures": ["a" * 64, "b" * 64, "c" * 64], "category": "dog", "batch": 4}
+    asked_for = DreamBoothParameters.model_validate(options)
+    training: Any = SimpleNamespace(asked=asked_for, loaded=tiny, prior=object(), size_px=64)
+    assert dreambooth._planned_parts(training) == parts
+    meter.free = None
+    assert dreambooth._planned_parts(training) == 1, "where nobody says how much is free, it is tried whole"

@@ -62,6 +62,16 @@ def test_a_picture_too_large_for_every_gpu_is_told_although_its_model_fits(model
     assert "pictures of 6144x6144 from lora" in door.problem("lora", {"width": 6144, "height": 6144})
 
 
+def test_a_training_that_fits_no_gpu_is_told_with_the_ways_out(models: dict[str, Model]) -> None:
+    door = _door(models)
+    assert door.training_problem("small", {"method": "lora", "size": 512}) == ""
+    full = door.training_problem("small", {"method": "full", "size": 512})
+    assert full.startswith("size: a training of small at 512 px needs at least 1")
+    assert full.endswith("ask for gradient_checkpointing, method lora, a smaller size")
+    assert door.training_problem("elsewhere", {"method": "full"}) == ""
+    assert _door(models, 0).training_problem("small", {"method": "full"}) == ""
+
+
 @pytest.mark.parametrize("name", ["elsewhere", "broken", "orphan", "unheard of"])
 def test_what_is_not_known_here_is_for_the_pod_to_judge(models: dict[str, Model], name: str) -> None:
     assert _door(models, 1).problem(name, {"width": 8192, "height": 8192}) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from executors.memory.footprint import (
     read_header,
     weight_files,
 )
-from executors.memory.plan import GIB, MARGIN, MemoryPlan, Place, SizePlan, described, too_large
+from executors.memory.plan import (
+    GIB,
+    MARGIN,
+    MemoryPlan,
+    Place,
+    SizePlan,
+    TrainingNeeds,
+    described,
+    too_large,
+    training_parts,
+    training_too_large,
+)
 from executors.pod_models import BUILTIN_MODELS
 
 SD15_UNET = {
@@ -68,7 +80,7 @@ SD15_PARTS = {
 @pytest.fixture
 def sd15(tmp_path: Path) -> Footprint:
     read = read_footprint(model_dir(tmp_path / "sd15", "StableDiffusionPipeline", SD15_UNET))
-    return Footprint(SD15_PARTS, read.step_elements, read.decode_elements, read.factor)
+    return replace(read, parts=SD15_PARTS, upcasts=False)
 
 
 @pytest.fixture
@@ -256,6 +268,33 @@ def test_sdxl_decodes_in_single_precision_where_it_is_told_to(sdxl: Footprint, s
     assert sdxl.decode_bytes(512, 512, 1, 2) == 2 * sd15.decode_bytes(512, 512, 1, 2)
 
 
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("frugal", [False, True])
+def test_a_training_of_stable_diffusion_takes_what_is_planned(sd15: Footprint, frugal: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+    from fake_tracing import peak_bytes
+
+    from executors.methods import adapters
+
+    def build() -> Any:
+        unet = UNet2DConditionModel(**SD15_UNET)
+        if frugal:
+            unet.enable_gradient_checkpointing()
+        adapters.attach({"unet": unet}, 8, 0)
+        return unet
+
+    def call(unet: Any) -> None:
+        with torch.enable_grad():
+            states = torch.randn(2, 77, 768)
+            guess = unet.train()(torch.randn(2, 4, 32, 32), torch.zeros(2), encoder_hidden_states=states).sample
+            guess.float().square().mean().backward()
+
+    traced = peak_bytes(build, torch.bfloat16, call)
+    assert sd15.train_bytes(256, 256, 2, 2, frugal=frugal) == pytest.approx(traced, rel=0.06)
+
+
 # --- decisions ------------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +393,28 @@ def test_a_plan_can_be_told_in_a_line(sd15: Footprint) -> None:
     assert "text encoders and autoencoder lie in host memory" in said
     place, said = described(sd15, 2, GIB)
     assert (place, "one picture needs" in said) == (Place.NOWHERE, True)
+
+
+def test_a_training_is_cut_into_as_many_parts_as_it_must(sd15: Footprint) -> None:
+    each = sd15.train_bytes(512, 512, 1, 2)
+    assert each == pytest.approx(915 << 20, rel=0.01)
+    needs = TrainingNeeds(512, 8)
+    assert training_parts(sd15, 2, needs, int(8 * each * MARGIN) + 1) == 1
+    assert training_parts(sd15, 2, needs, int(3.5 * each * MARGIN)) == 3
+    assert training_parts(sd15, 2, needs, 0) == 8
+    frugal = TrainingNeeds(512, 8, frugal=True)
+    assert training_parts(sd15, 2, frugal, int(3.5 * each * MARGIN)) == 1
+    full = TrainingNeeds(512, 8, full=True)
+    assert training_parts(sd15, 2, full, 16 * 859_520_964) == 8, "what is trained takes its room first"
+
+
+def test_a_training_that_fits_no_card_is_told_with_the_ways_out(sd15: Footprint) -> None:
+    assert training_too_large(sd15, 2, TrainingNeeds(512, 8), 8 * GIB, "sd15") == ""
+    said = training_too_large(sd15, 2, TrainingNeeds(512, 8, full=True), 8 * GIB, "sd15")
+    assert said.startswith("a training of sd15 at 512 px needs at least 15.7 GiB of GPU memory")
+    assert said.endswith(
+        "the largest GPU here has 8.0 GiB; ask for gradient_checkpointing, method lora, a smaller size"
+    )
 
 
 def test_what_was_published_of_sd_1_4_lies_within_the_margin(sd15: Footprint) -> None:
