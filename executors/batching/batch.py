@@ -215,6 +215,8 @@ class RunningBatch:
         try:
             trajectory = Trajectory(self._loaded, kept.request, kept)
             self._encode([trajectory])
+            if kept.request.preview_every:
+                self._preview_map()
         except Exception as error:
             return kept, error
         return kept, trajectory
@@ -244,6 +246,10 @@ class RunningBatch:
             self._encode(entered)
         except Exception as error:
             self._encode_alone(entered, error, events)
+        else:
+            if self._aside is not None:  # What is remembered of a prompt may have been made there.
+                for trajectory in entered:
+                    self._aside.hand_over(trajectory.tensors())
         finally:
             self._loaded.residence.rest()
 
@@ -307,6 +313,11 @@ class RunningBatch:
         with self.memory.call("step", request.width, request.height, rows, [t.request.id for t in members]):
             return self._network.guesses(members)
 
+    def _preview_map(self) -> PreviewMap:
+        if self._previews is None:
+            self._previews = PreviewMap(self._loaded)
+        return self._previews
+
     def _take_or_fail(self, trajectory: Trajectory, guess: torch.Tensor, events: list[BatchEvent]) -> None:
         try:
             self._take(trajectory, guess, events)
@@ -320,9 +331,8 @@ class RunningBatch:
         if trajectory.done == trajectory.total:
             self._denoised[request.id] = self._running.pop(request.id)
         elif request.preview_every and trajectory.done % request.preview_every == 0:
-            self._previews = self._previews or PreviewMap(self._loaded)
             shown = trajectory.latents if trajectory.guess_of_end is None else trajectory.guess_of_end
-            events.append(Previewed(request.id, trajectory.done, self._previews.show(shown)))
+            events.append(Previewed(request.id, trajectory.done, self._preview_map().show(shown)))
 
     def _decode(self, events: list[BatchEvent]) -> None:
         """Decode the oldest finished pictures, those of one size together."""

@@ -294,7 +294,8 @@ def draws_latents(loaded: LoadedPipeline) -> bool:
 def encode_pixels(loaded: LoadedPipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Scaled latents of [-1, 1] pictures [n, 3, height, width]; a KL autoencoder gives its distribution's mean."""
     vae = loaded.pipe.vae
-    encoded = vae.encode(pixels.to(loaded.device, vae.dtype))
+    with loaded.vae_precision(None):  # Another thread may be decoding in another precision.
+        encoded = vae.encode(pixels.to(loaded.device, vae.dtype))
     latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
     result: torch.Tensor = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     return result

@@ -56,6 +56,31 @@ def test_a_stream_sends_partial_images_before_the_pictures(client) -> None:
     assert (partial.size, events[0].partial_image_index) == ((8, 8), 0)
 
 
+def test_a_picture_is_edited_where_its_mask_is_transparent(client) -> None:
+    def png(mode: str, colour: tuple[int, ...], hole: bool = False) -> bytes:
+        picture = Image.new(mode, (64, 64), colour)
+        if hole:
+            picture.paste((0, 0, 0, 0), (0, 0, 32, 64))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        return out.getvalue()
+
+    answer = client.images.edit(
+        image=("a.png", png("RGB", (200, 30, 30))),
+        mask=("m.png", png("RGBA", (0, 0, 0, 255), hole=True)),
+        model="tiny",
+        prompt="a green house",
+        size="64x64",
+        extra_body={"steps": 6, "seed": 3},
+    )
+    made = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).convert("RGB")
+    assert made.size == (64, 64)
+    kept, painted = made.getpixel((56, 8)), made.getpixel((8, 8))
+    assert max(abs(one - other) for one, other in zip(kept, (200, 30, 30), strict=True)) < 60
+    assert painted != kept
+    assert answer.metadata["inputs"].keys() == {"image", "mask"}
+
+
 def test_a_wrong_parameter_is_a_bad_request_that_names_it(client) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.images.generate(model="tiny", prompt="a", size="63x64")
