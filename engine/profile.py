@@ -44,13 +44,15 @@ class Profile:
     cached_model_bonus: int = 0
     """Added to the score of a node that holds the model, for as much of a load as that spares."""
     prefetch_ahead: int = 0
-    """For how many of those that wait next models are brought where room will be soonest; 0: for none."""
+    """While at most so many tasks wait per Pod, models of those that have to wait go where room comes next; 0: never."""
     # binding
     warm_reuse: bool = True
     spread_slots: bool = True
     """Prefer the warm Pod with the fewest tasks in it; else the one with the most."""
     weigh_company: bool = False
     """Start another Pod where there is room and its load is less than what a task's company in a busy Pod would cost."""
+    clear_for_company: bool = False
+    """Let an idle Pod of another model go instead, while nobody else waits and company costs half a load more than the load."""
     predicted_memory: bool = False
     """Give shared GPUs by the predicted P99 of memory where an estimate has one."""
     warm_first_us: Micros = 0

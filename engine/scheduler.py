@@ -10,8 +10,7 @@ from engine.commands import Command
 from engine.errors import InvalidEvent
 from engine.events import Event
 from engine.fold_events import EVENT_FOLDS
-from engine.levels import binding, elasticity, preemption, reactions
-from engine.levels.near import Near
+from engine.levels import binding, elasticity, near, preemption, reactions
 from engine.limits import Limits
 from engine.profile import Profile
 from engine.reasons import Blocker, Reason
@@ -34,7 +33,6 @@ class Engine:
         self.reasons: dict[Reason, int] = {}
         """How often each reason was given since the engine was made."""
         self.wakeup_at: Micros | None = None
-        self._near = Near()
         self._watch()
 
     def _watch(self) -> None:
@@ -72,7 +70,7 @@ class Engine:
         binding.place(turn)
         preemption.preempt(turn)
         elasticity.keep_warm(turn)
-        self._near.look_ahead(turn)
+        near.look_ahead(turn)
         elasticity.advise(turn)
         if state.agenda:
             reactions.work_off(turn)
@@ -82,7 +80,6 @@ class Engine:
     def snapshot(self) -> bytes:
         """Return the state as bytes, for `replay.recover`."""
         self._backlog.look_anew()
-        self._near.look_anew()
         return snapshot.take(self.state)
 
     def why(self, req_no: str) -> tuple[Blocker, ...]:

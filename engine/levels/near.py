@@ -1,53 +1,32 @@
-"""Models before they are needed: deployed ones stay where their Pods are, those of the tasks next in line go where room comes next.
+"""Models before they are needed: deployed ones stay where their Pods are, those of tasks that wait go where room comes next.
 
-Looked at about once in `LOOK_EVERY_US` and at once when a deployment changed, with a bound on everything; an order that fails costs
-nothing but a slower load later. A node that holds a model, or was told to fetch it, is not told again.
+What is done here follows from the state and the step's own orders alone, without a clock of its own: a replay does the same. A node
+that holds a model, or was told to fetch it, is not told again, so looking in every step costs nothing where there is nothing to do.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from engine.commands import PrefetchModel, ReleaseModel
+from engine.commands import Notify, PrefetchModel, ReleaseModel
 from engine.entities import Deployment, Pod, Task
-from engine.lines import Rank
 from engine.resources import Demand
-from engine.tasks import SECOND, Micros, PodState
+from engine.tasks import Micros, PodState, TaskState
 from engine.turn import Turn
 
-LOOK_EVERY_US: Final = 2 * SECOND
 MOST_ORDERS: Final = 32
-"""Orders to bring or release models in one look."""
-MOST_PODS: Final = 512
+"""Orders to bring or release models in one step; the next step goes on."""
+MOST_PODS: Final = 64
 """Pods that are looked at for where room comes next."""
 
 
-class Near:
-    """When was looked last. Not part of the state: a snapshot has the next step look."""
-
-    __slots__ = ("_deployed", "_look_at")
-
-    def __init__(self) -> None:
-        self._look_at: Micros = -1
-        self._deployed = -1
-        """The version of the deployments whose models were brought near last."""
-
-    def look_anew(self) -> None:
-        """Look in the next step, as an engine would that begins from a snapshot."""
-        self._look_at = self._deployed = -1
-
-    def look_ahead(self, turn: Turn) -> None:
-        """Bring models near and release those that nobody keeps, if it is time to."""
-        state = turn.state
-        if self._deployed == state.deployed and turn.now < self._look_at:
-            return
-        self._look_at = turn.now + LOOK_EVERY_US
-        self._deployed = state.deployed
-        left = MOST_ORDERS
-        if turn.profile.keep_deployed:
-            left = _keep_near(turn, left)
-        if turn.profile.prefetch_ahead and state.pending and left:
-            _bring_next(turn, left)
+def look_ahead(turn: Turn) -> None:
+    """Bring models near and release those that nobody keeps."""
+    left = MOST_ORDERS
+    if turn.profile.keep_deployed and (turn.state.deployments or turn.state.cluster.pinning):
+        left = _keep_near(turn, left)
+    if turn.profile.prefetch_ahead and turn.state.pending and left:
+        _bring_ahead(turn, left)
 
 
 # --- deployments ------------------------------------------------------------------------------------------------------
@@ -62,11 +41,10 @@ def _keep_near(turn: Turn, left: int) -> int:
             wanted[model or deployment.model] = None
         left = _pin(turn, deployment, left)
     pinning = [state.cluster.nodes[row] for row in sorted(state.cluster.pinning)]
-    stale = [(node, model) for node in pinning for model in node.pins if model not in wanted]
+    stale = [(node, model) for node in pinning if node.up for model in node.pins if model not in wanted]
     for node, model in stale[:left]:
-        if node.up:
-            turn.order(ReleaseModel(node.name, model))
-            left -= 1
+        turn.order(ReleaseModel(node.name, model))
+        left -= 1
     return left
 
 
@@ -83,42 +61,38 @@ def _pin(turn: Turn, deployment: Deployment, left: int) -> int:
     return left
 
 
-# --- who comes next ---------------------------------------------------------------------------------------------------
+# --- who has to wait --------------------------------------------------------------------------------------------------
 
 
-def _bring_next(turn: Turn, left: int) -> None:
-    """For the tasks that come next, each of another model: bring it to the node where the soonest room for it comes."""
-    soon = _ending_soon(turn)
+def _bring_ahead(turn: Turn, left: int) -> None:
+    """Bring the models of tasks that began to wait in this step to where room for them is expected soonest.
+
+    Only while few tasks wait per Pod, so that their turn comes soon, and only models that no node holds.
+    """
+    state = turn.state
+    if state.pending > turn.profile.prefetch_ahead * max(1, len(state.pods)):
+        return
+    soon: list[Pod] | None = None
     taken: dict[int, None] = {}
-    for _, task in _next_in_line(turn)[: turn.profile.prefetch_ahead]:
+    for command in list(turn.commands):
+        if type(command) is not Notify or command.state is not TaskState.PENDING or command.room is not None:
+            continue
+        task = state.tasks.get(command.req_no)
+        if task is None or task.state is not TaskState.PENDING or task.shape is None:
+            continue
+        absent = [m for m in (task.spec.model, *task.spec.adapters) if m and m not in state.cluster.cached]
+        if not absent:
+            continue
+        if soon is None:
+            soon = _ending_soon(turn)
         pod = _room_for(turn, task, soon, taken)
         if pod is None:
             continue
         taken[pod.number] = None
-        node = pod.node
-        for model in (task.spec.model, *task.spec.adapters):
-            if model and model not in node.models and left:
-                turn.order(PrefetchModel(node.name, model))
+        for model in absent:
+            if left:
+                turn.order(PrefetchModel(pod.node.name, model))
                 left -= 1
-
-
-def _next_in_line(turn: Turn) -> list[tuple[Rank, Task]]:
-    """Return the first waiting task of each kind, in order."""
-    found: list[tuple[Rank, Task]] = []
-    for kind in turn.backlog.kinds_waiting:
-        first: tuple[Rank, Task] | None = None
-        for line in kind.lines.values():
-            head = line.head() if line.live else None
-            if head is not None and (first is None or head[0] < first[0]):
-                first = head
-        if first is not None:
-            found.append(first)
-    found.sort(key=_rank)
-    return found
-
-
-def _rank(head: tuple[Rank, Task]) -> Rank:
-    return head[0]
 
 
 def _ending_soon(turn: Turn) -> list[Pod]:
@@ -141,8 +115,7 @@ def _end(turn: Turn, pod: Pod) -> Micros:
     latest = turn.now
     for req_no in pod.tasks:
         task = turn.state.tasks[req_no]
-        began = task.started_at or turn.now
-        latest = max(latest, began + task.predicted_us)
+        latest = max(latest, (task.started_at or turn.now) + task.predicted_us)
     return latest
 
 

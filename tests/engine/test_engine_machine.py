@@ -17,7 +17,7 @@ from engine.fit import possible
 from engine.journal import MemoryJournal
 from engine.limits import Limits
 from engine.replay import recover, replay
-from engine.resources import Demand, GpuSpec, NodeSpec
+from engine.resources import Demand, GpuSpec, NodeSpec, ResidentModel, Tier
 from engine.scheduler import Engine
 from engine.tasks import (
     SECOND,
@@ -230,6 +230,18 @@ class AdversarialWorld(RuleBasedStateMachine):
         if pick % 11 == 0:
             gpus.append(GpuSpec(f"{spec.name}-new", "a", 32))
         self.outbox.append(ev.NodeReported(spec.name, tuple(gpus)))
+
+    @rule(pick=PICK)
+    def report_models(self, pick: int) -> None:
+        spec = NODES[pick % 4]
+        held = tuple(
+            ResidentModel(name, Tier.MEMORY if pick >> (2 * i) & 1 else Tier.DISK, i, bool(pick >> (2 * i + 1) & 1))
+            for i, name in enumerate(("m", "x", "ad", "odd"))
+            if pick >> (8 + i) & 1
+        )
+        self.outbox.append(ev.NodeReported(spec.name, spec.gpus, resident=held))
+        if pick % 5 == 0:
+            self.outbox.append(ev.ModelUnloadRequested(spec.name, ("m", "x")[pick // 5 % 2]))
 
     def forget_pods(self, node: str) -> None:
         gone = {n for n, pod in self.pods.items() if pod.node == node}

@@ -10,12 +10,12 @@ import pytest
 from engine import events as ev
 from engine import profiles
 from engine.commands import DeletePod, PrefetchModel, ReleaseModel
-from engine.levels.near import LOOK_EVERY_US, MOST_ORDERS
+from engine.levels.near import MOST_ORDERS
 from engine.profile import Profile
 from engine.resources import Demand, ResidentModel
 from engine.tasks import SECOND, Estimate, Quantiles
 
-LATER = LOOK_EVERY_US / SECOND + 1
+LATER = 5.0
 
 
 def ahead(tasks: int = 4) -> Profile:
@@ -46,12 +46,19 @@ def test_the_model_of_the_next_task_goes_where_room_comes_soonest(desk: Any, tas
     assert prefetched(d.step(after=LATER)) == [], "it was told already"
 
 
-def test_tasks_of_as_many_models_as_the_profile_says_are_looked_at_in_their_order(desk: Any, task: Any) -> None:
-    d = desk(ahead(2))
+def test_tasks_that_wait_together_are_expected_at_as_many_places(desk: Any, task: Any) -> None:
+    d = desk(ahead())
     busy(d, task, 300, 100, 200)
-    for name in ("x", "y", "z"):
-        d.step(ev.TaskSubmitted(task(name, model=name), estimate(10)), after=0.001)
-    assert prefetched(d.step(after=LATER)) == [("n2", "x"), ("n3", "y")]
+    waiting = [ev.TaskSubmitted(task(name, model=name), estimate(10)) for name in ("x", "y")]
+    assert prefetched(d.step(*waiting)) == [("n2", "x"), ("n3", "y")]
+
+
+def test_where_many_wait_for_each_pod_nothing_is_brought_for_the_last_ones(desk: Any, task: Any) -> None:
+    d = desk(ahead(2))
+    busy(d, task, 300)
+    names = [f"x{number}" for number in range(5)]
+    brought = [prefetched(d.step(ev.TaskSubmitted(task(name, model=name), estimate(10)))) for name in names]
+    assert brought == [[("n1", "x0")], [("n1", "x1")], [], [], []]
 
 
 def test_a_node_that_says_it_holds_the_model_is_not_told_to_fetch_it(desk: Any, task: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_more_models_than_are_remembered_are_cut_off_from_the_end(desk: Any) -> 
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_a_released_model_is_pinned_no_more_and_a_dropped_one_is_gone(desk: Any, drop: bool) -> None:
-    d = desk("aigc")
+    d = desk(replace(load("aigc"), keep_deployed=False))
     d.node("n1")
     report(d, "n1", ResidentModel("m", pinned=True))
     state = d.engine.state
