@@ -40,6 +40,8 @@ _MEMORIES: tuple[tuple[float, float], ...] = (
     (10 * MINUTE_S, 4.0),
 )
 """The memory of each table of residuals, keyed by `Request.memories`, and how many observations its zero prior counts for."""
+_UNRESTS: tuple[tuple[float, float], ...] = ((HOUR_S, 10.0), (DAY_S, 10.0), (21 * DAY_S, 4.0))
+"""Memories of how much larger errors were than expected: of all, of the model and of the user."""
 _MODEL_LORA, _MODEL_30, _MODEL_6 = 5, 6, 7
 _FADED = 0.1
 _GROWTH = 0.5
@@ -103,6 +105,7 @@ class DurationModel:
     __slots__ = (
         "_draws",
         "_residual_means",
+        "_unrests",
         "challenger",
         "champion",
         "correction",
@@ -117,6 +120,7 @@ class DurationModel:
     def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings = settings or DurationSettings()
         self.ladder = Ladder(settings.ladder_memory_s, settings.strength, settings.cells)
+        self._unrests = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in _UNRESTS]
         self._residual_means = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in _MEMORIES]
         # Before anything is learned, run time grows with the square root of each size, and of the work where that can be counted.
         start = [0.0, *[_GROWTH] * COVARIATES, *[0.2] * len(_MEMORIES), 0.0, 0.0, 0.0, 0.0]
@@ -156,6 +160,7 @@ class DurationModel:
             math.log1p(weights[1]) - 5.0,
             abs(values[2 + COVARIATES]),
             request.load[0] - 1.0,
+            *self._unrest(request, now_s),
             ladder_mean,
             *request.covariates,
             *request.traits,
@@ -185,6 +190,14 @@ class DurationModel:
             blind=weights[0] == 0.0 and request.declared_s <= 0.0,
         )
 
+    def _unrest(self, request: Request, now_s: float) -> list[float]:
+        """Return by how much errors were larger than expected: lately, those of the model, and those of the user, in logs."""
+        keys = (None, request.model, request.user)
+        return [
+            table.shrunk(key, now_s, 0.0, strength)
+            for (_, strength), table, key in zip(_UNRESTS, self._unrests, keys, strict=True)
+        ]
+
     def _declared(self, request: Request, now_s: float, ladder_mean: float) -> tuple[float, float]:
         """Return the ladder's mean moved towards what was declared, and the latter, corrected; NaN when nothing was."""
         if request.declared_s <= 0.0:
@@ -210,6 +223,10 @@ class DurationModel:
         if not outlook.blind and trust > 0.5:
             self._learn_errors(request, outlook, log_s)
             self._learn_residual(request, outlook, now_s, log_s - outlook.base, 1.0)
+            off = abs(log_s - (outlook.centre - outlook.level))
+            unrest = math.log(min(max(off, 0.002), 3.0) / outlook.scale)
+            for table, key in zip(self._unrests, (None, request.model, request.user), strict=True):
+                table.add(key, now_s, max(-3.0, min(3.0, unrest)))
         self.ladder.add(request.ladder, now_s, log_s, request.covariates, trust)
         if request.declared_s > 0.0:
             self.errors.add("ladder", now_s, (log_s - outlook.ladder_mean) ** 2)
@@ -292,7 +309,7 @@ class DurationModel:
 
     def tables(self) -> list[DecayedMeans]:
         """Return the tables of residual means and of declared times, in a fixed order: what saving walks over."""
-        return [*self._residual_means, self.declared, self.errors]
+        return [*self._residual_means, *self._unrests, self.declared, self.errors]
 
     @property
     def draws(self) -> int:

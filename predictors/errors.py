@@ -7,7 +7,7 @@ import math
 from predictors.recursive import RecursiveLeastSquares, Vector
 from predictors.residuals import ResidualPool
 
-SPREAD_COLUMNS = 7
+SPREAD_COLUMNS = 10
 _START = -1.5
 _LOSS_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 _NEWNESS = 0.45
