@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GPU_FAULTS = frozenset({FailureCause.GPU_LOST, FailureCause.HUNG, FailureCause.NOT_FINITE})
 """Causes that may be the device's own."""
 _SHARE = 4
-"""One GPU in so many may be cordoned by its faults at one time; the first always may."""
+"""One GPU in so many may be cordoned by its faults, or rest, at one time; the first always may."""
 
 
 def note_fault(state: State, now: Micros, node: Node, grants: Sequence[GpuGrant], source: str) -> bool:
@@ -28,7 +28,7 @@ def note_fault(state: State, now: Micros, node: Node, grants: Sequence[GpuGrant]
     cordoned = False
     for grant in grants:
         gpu = node.by_uuid.get(grant.uuid)
-        if gpu is not None and gpu.drained:
+        if gpu is not None and gpu.drained and (node.name, grant.uuid) not in state.resting:
             continue
         seen = state.faults.setdefault((node.name, grant.uuid), [])
         while seen and seen[0][0] <= now - limits.gpu_faults_us:
@@ -37,8 +37,20 @@ def note_fault(state: State, now: Micros, node: Node, grants: Sequence[GpuGrant]
             continue
         seen.append((now, source))
         del seen[: -limits.gpu_faults]
-        cordoned |= gpu is not None and _cordon(state, gpu, seen)
+        cordoned |= gpu is not None and _cordon(state, node, gpu, seen)
     return cordoned
+
+
+def rest(state: State, now: Micros, node: Node, grants: Sequence[GpuGrant]) -> bool:
+    """Give the GPUs under a Pod that hung nothing new for a while, where others take work; tell whether that was done."""
+    rests = False
+    for grant in grants:
+        gpu = node.by_uuid.get(grant.uuid)
+        if gpu is not None and gpu.open and _may_go(state, gpu):
+            gpu.drained = True
+            state.resting[node.name, grant.uuid] = now + state.limits.gpu_rest_us
+            rests = True
+    return rests
 
 
 def recall_faults(state: State, now: Micros, node: Node) -> None:
@@ -46,7 +58,7 @@ def recall_faults(state: State, now: Micros, node: Node) -> None:
     for gpu in node.gpus:
         seen = state.faults.get((node.name, gpu.uuid))
         if seen and not gpu.drained and seen[0][0] > now - state.limits.gpu_faults_us:
-            _cordon(state, gpu, seen)
+            _cordon(state, node, gpu, seen)
 
 
 def note_success(state: State, node: Node, grants: Sequence[GpuGrant]) -> None:
@@ -59,19 +71,23 @@ def note_success(state: State, node: Node, grants: Sequence[GpuGrant]) -> None:
 def forget_faults(state: State, node: str, uuid: str) -> None:
     """Let a GPU begin anew: an operator has said that it is well, or has drained it himself."""
     state.faults.pop((node, uuid), None)
+    state.resting.pop((node, uuid), None)
 
 
 def is_cordoned(state: State, node: Node, uuid: str) -> bool:
     """Tell whether a GPU is cordoned because of its faults, not by an operator."""
     gpu = node.by_uuid.get(uuid)
     seen = state.faults.get((node.name, uuid))
+    if (node.name, uuid) in state.resting:
+        return False
     return gpu is not None and gpu.drained and seen is not None and len(seen) >= state.limits.gpu_faults
 
 
-def _cordon(state: State, gpu: Gpu, seen: list[tuple[Micros, str]]) -> bool:
+def _cordon(state: State, node: Node, gpu: Gpu, seen: list[tuple[Micros, str]]) -> bool:
     if len(seen) < state.limits.gpu_faults or not _may_go(state, gpu):
         return False
     gpu.drained = True
+    state.resting.pop((node.name, gpu.uuid), None)
     return True
 
 
@@ -82,7 +98,7 @@ def _may_go(state: State, gpu: Gpu) -> bool:
     for node in state.cluster.nodes:
         for each in node.gpus:
             in_all += 1
-            if is_cordoned(state, node, each.uuid):
+            if each is not gpu and ((node.name, each.uuid) in state.resting or is_cordoned(state, node, each.uuid)):
                 gone += 1
             elif node.up and not node.draining and each is not gpu and each.open:
                 others += 1

@@ -9,7 +9,7 @@ from engine import agenda, capacity
 from engine import events as ev
 from engine.entities import Deployment, Gpu, Node, Pod, Task
 from engine.errors import InvalidEvent
-from engine.faults import GPU_FAULTS, forget_faults, note_fault, note_success, recall_faults
+from engine.faults import GPU_FAULTS, forget_faults, note_fault, note_success, recall_faults, rest
 from engine.fold_tasks import (
     end_attempt,
     end_rank,
@@ -38,6 +38,8 @@ _ACTIVE = (TaskState.STARTING, TaskState.RUNNING, TaskState.STOPPING)
 
 def task_submitted(state: State, now: Micros, e: ev.TaskSubmitted) -> None:
     """A new request, unless its reqNo is known."""
+    if state.resting:
+        end_rests(state, now)
     spec = e.task
     if spec.req_no in state.tasks:
         state.ignore(e)
@@ -163,10 +165,21 @@ def _set_drain(state: State, event: ev.Event, name: str, uuid: str | None, drain
                 unbind_group(state, group)
     else:
         node.by_uuid[uuid].drained = drain
-    if uuid is not None and state.faults:
+    if uuid is not None and (state.faults or state.resting):
         forget_faults(state, name, uuid)
     _touch(state, node)
     return True
+
+
+def end_rests(state: State, now: Micros) -> None:
+    """Let GPUs that have rested long enough take work again."""
+    for name, uuid in [key for key, until in state.resting.items() if until <= now]:
+        del state.resting[name, uuid]
+        node = state.cluster.by_name[name]
+        gpu = node.by_uuid.get(uuid)
+        if gpu is not None and gpu.drained:
+            gpu.drained = False
+            _touch(state, node)
 
 
 def _touch(state: State, node: Node) -> None:
@@ -214,6 +227,8 @@ def model_unload_requested(state: State, now: Micros, e: ev.ModelUnloadRequested
 
 def node_reported(state: State, now: Micros, e: ev.NodeReported) -> None:
     """What the DevicePlugin sees: Pods on devices that are gone or ill are doomed."""
+    if state.resting:
+        end_rests(state, now)
     node = state.cluster.by_name.get(e.node)
     if node is None or not node.up:
         state.ignore(e)
@@ -311,6 +326,8 @@ def pod_gone(state: State, now: Micros, pod: Pod, cause: FailureCause, detail: s
     if pod.doomed is not None:
         cause = pod.doomed
     if cause in GPU_FAULTS and note_fault(state, now, pod.node, pod.grants, f"pod {pod.number}"):
+        _touch(state, pod.node)
+    if cause is FailureCause.HUNG and rest(state, now, pod.node, pod.grants):
         _touch(state, pod.node)
     for req_no, rank in list(pod.tasks.items()):
         task = state.tasks[req_no]

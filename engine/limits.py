@@ -49,6 +49,8 @@ class Limits:
     """A GPU that fails so many pieces of work in a row is cordoned."""
     gpu_faults_us: Micros = 900 * SECOND
     """Faults longer ago than this do not count."""
+    gpu_rest_us: Micros = 60 * SECOND
+    """After a hung step a GPU takes nothing new for so long where others do, so that the attempt is tried elsewhere."""
     models_per_node: int = 64
     """Model names remembered per node as probably in its cache."""
 

@@ -145,11 +145,13 @@ def _capacity(state: State) -> dict[str, Plain]:
 
 def _faults(state: State) -> dict[str, Plain]:
     """Nothing where no GPU has failed, as in snapshots from before faults were counted."""
-    if not state.faults:
-        return {}
-    return {
-        "faults": [[node, gpu, [list(fault) for fault in seen]] for (node, gpu), seen in sorted(state.faults.items())]
-    }
+    found: dict[str, Plain] = {}
+    if state.faults:
+        seen = sorted(state.faults.items())
+        found["faults"] = [[node, gpu, [list(fault) for fault in each]] for (node, gpu), each in seen]
+    if state.resting:
+        found["resting"] = [[node, gpu, until] for (node, gpu), until in state.resting.items()]
+    return found
 
 
 def _get(item: Any, names: tuple[str, ...]) -> list[Plain]:
@@ -260,6 +262,8 @@ def from_data(data: Plain) -> State:
         _restore_capacity(state, data["fleet"])
     for name, gpu_uuid, seen in data.get("faults", []):
         state.faults[name, gpu_uuid] = [(at, source) for at, source in seen]
+    for name, gpu_uuid, until in data.get("resting", []):
+        state.resting[name, gpu_uuid] = until
     state.loads_us = list(data.get("loads_us", state.loads_us))
     for node in state.cluster.nodes:
         state.cluster.put(node)

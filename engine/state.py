@@ -106,6 +106,8 @@ class State:
         """Attempts begun and rooms claimed so far; says whose turn it is between aged and urgent tasks."""
         self.faults: dict[tuple[str, str], list[tuple[Micros, str]]] = {}
         """(node, GPU) -> when its latest faults were and who saw them (`engine.faults`)."""
+        self.resting: dict[tuple[str, str], Micros] = {}
+        """(node, GPU) -> until when it takes nothing new after a hung step."""
         self.loads_us: list[Micros] = [0, 0, 0]
         """What loads took lately from the store, a node's disk and its memory (`engine.stock`); 0: none was seen."""
         self.deployed = 0

@@ -18,6 +18,8 @@ from engine.snapshot import restore
 from engine.tasks import LAST_ATTEMPT, NOT_RETRYABLE, FailureCause, TaskState
 
 _OWN_PODS = {"model": "m", "max_attempts": 5}
+_LATER = ev.NodeReported("some other node", ())
+"""Nodes report every few seconds; with that it is noticed that time has passed."""
 
 
 def _cluster(desk: Any, nodes: int = 2, **limits: int) -> Any:
@@ -33,6 +35,7 @@ def _on(node: str) -> Demand:
 
 def _fail_on(d: Any, task: Any, node: str, name: str, cause: FailureCause, whole_pod: bool = True) -> None:
     """Run a task on a node and let it fail there; then cancel it."""
+    d.step(_LATER, after=61)  # A GPU rests after a hung step.
     d.answer(d.submit(task(name, **{**_OWN_PODS, "model": name, "demand": _on(node)})))
     assert d.where(name) == node
     pod = d.engine.state.tasks[name].pods[0]
@@ -82,7 +85,7 @@ def test_a_gpu_that_fails_one_task_after_another_takes_no_more(
 ) -> None:
     d = _cluster(desk)
     for number in range(3):
-        assert _gpu(d, "n1").open, f"after {number} faults it still takes work"
+        assert not is_cordoned(d.engine.state, d.engine.state.cluster.by_name["n1"], "n1-g0")
         _fail_on(d, task, "n1", f"t{number}", cause, whole_pod)
     assert not _gpu(d, "n1").open
     assert is_cordoned(d.engine.state, d.engine.state.cluster.by_name["n1"], "n1-g0")
@@ -113,11 +116,13 @@ def test_a_success_in_between_makes_the_gpu_well_again(desk: Any, task: Any) -> 
     d = _cluster(desk)
     for number in range(2):
         _fail_on(d, task, "n1", f"t{number}", FailureCause.HUNG)
+    d.step(_LATER, after=61)
     d.answer(d.submit(task("good", model="good", demand=_on("n1"))))
     d.finish("good")
     assert d.engine.state.faults == {}
     for number in range(2, 4):
         _fail_on(d, task, "n1", f"t{number}", FailureCause.HUNG)
+    d.step(_LATER, after=61)
     assert _gpu(d, "n1").open
 
 
@@ -125,7 +130,7 @@ def test_faults_of_long_ago_do_not_count(desk: Any, task: Any) -> None:
     d = _cluster(desk, gpu_faults_us=100_000_000)
     for number in range(4):
         _fail_on(d, task, "n1", f"t{number}", FailureCause.HUNG)
-        d.step(after=60)
+        d.step(_LATER, after=61)
     assert _gpu(d, "n1").open
 
 
@@ -153,6 +158,7 @@ def test_an_operator_gives_a_cordoned_gpu_back(desk: Any, task: Any) -> None:
     assert _gpu(d, "n1").open
     assert d.engine.state.faults == {}
     _fail_on(d, task, "n1", "later", FailureCause.HUNG)
+    d.step(_LATER, after=61)
     assert _gpu(d, "n1").open, "it begins anew"
 
 
@@ -210,3 +216,80 @@ def test_a_cordoned_gpu_lets_its_idle_pods_go_and_those_that_run_finish(desk: An
     assert d.state("s3") == "running"
     d.answer(d.finish("s3"))
     assert d.engine.state.cluster.by_name["n1"].pods == {}
+
+
+# --- after a hung step ------------------------------------------------------------------------------------------------
+
+
+def _hang(d: Any, name: str) -> None:
+    d.step(ev.PodStopped(d.engine.state.tasks[name].pods[0], FailureCause.HUNG, "no step"))
+
+
+def test_an_attempt_that_hung_is_tried_on_another_gpu_and_the_first_rests_for_a_while(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 2)
+    d.answer(d.submit(task("t", **_OWN_PODS, demand=Demand(gpus=1))))
+    first = d.where("t")
+    _hang(d, "t")
+    assert not _gpu(d, first).open
+    assert not is_cordoned(d.engine.state, d.engine.state.cluster.by_name[first], f"{first}-g0")
+    d.answer(d.step(after=5))
+    assert d.where("t") != first
+    d.finish("t")
+    d.step(_LATER, after=40)
+    assert not _gpu(d, first).open
+    d.step(_LATER, after=40)
+    assert _gpu(d, first).open
+    assert d.engine.state.resting == {}
+
+
+def test_the_only_gpu_does_not_rest(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 1)
+    d.answer(d.submit(task("t", **_OWN_PODS)))
+    _hang(d, "t")
+    assert _gpu(d, "n1").open
+    d.answer(d.step(after=5))
+    assert d.state("t") == "running"
+
+
+def test_a_gpu_that_an_operator_drains_while_it_rests_stays_drained(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 2)
+    d.answer(d.submit(task("t", **_OWN_PODS, demand=_on("n1"))))
+    _hang(d, "t")
+    d.step(ev.NodeDrainRequested("n1", "n1-g0"))
+    d.step(_LATER, after=600)
+    assert not _gpu(d, "n1").open
+    d.step(ev.NodeUncordoned("n1", "n1-g0"))
+    assert _gpu(d, "n1").open
+
+
+def test_an_operator_ends_a_rest(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 2)
+    d.answer(d.submit(task("t", **_OWN_PODS, demand=_on("n1"))))
+    _hang(d, "t")
+    d.step(ev.NodeUncordoned("n1", "n1-g0"))
+    assert (_gpu(d, "n1").open, d.engine.state.resting) == (True, {})
+
+
+def test_what_still_runs_on_a_resting_gpu_counts_and_may_have_it_cordoned(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 2)
+    part = Demand(gpus=1, gpu_share=250, gpu_models=("of-n1",))
+    for number in range(3):
+        d.answer(d.submit(task(f"t{number}", model=f"m{number}", max_attempts=5, demand=part)))
+    for number in range(3):
+        d.step(ev.PodStopped(d.engine.state.tasks[f"t{number}"].pods[0], FailureCause.HUNG), after=0.01)
+    assert is_cordoned(d.engine.state, d.engine.state.cluster.by_name["n1"], "n1-g0")
+    d.step(_LATER, after=600)
+    assert not _gpu(d, "n1").open, "a rest ends by itself, a cordon does not"
+
+
+def test_recovery_snapshots_and_replay_know_of_rests(desk: Any, task: Any) -> None:
+    d = _cluster(desk, 2)
+    d.answer(d.submit(task("t", **_OWN_PODS, demand=_on("n1"))))
+    _hang(d, "t")
+    restored = restore(d.engine.snapshot())
+    assert restored.resting == d.engine.state.resting != {}
+    assert restored.digest() == d.engine.state.digest()
+    d.step(_LATER, after=100)
+    records = [decode_record(encode_record(record)) for record in d.journal.records]
+    assert recover(None, records).state.digest() == d.engine.state.digest()
+    assert replay(records, profiles.load("aigc")).same
