@@ -81,6 +81,8 @@ class AgentSection(_Section):
     """Node name; empty: the host's name."""
     devices: str = "auto"
     """``auto``, ``nvml``, ``cpu:N`` or ``file:PATH`` (a JSON inventory)."""
+    model_cache_gib: float = Field(20.0, gt=0, le=1_000_000)
+    """What personalised models that were fetched may take of the node's disk."""
 
 
 class FleetSection(_Section):
