@@ -58,13 +58,9 @@ class PromptEncoder:
             self._known.popitem(last=False)
         return [found[key] for key in keys]
 
-    def forget(self) -> None:
-        """Forget all encodings, after an adapter has changed under its name."""
-        self._known.clear()
-
     def _key(self, request: PictureRequest) -> _Key:
         guided = sampling.is_guided(self._loaded, request.guidance)
-        adapters = tuple(sorted(request.adapters))
+        adapters = tuple((name, weight, self._bank.number(name)) for name, weight in sorted(request.adapters))
         return (request.prompt, request.negative_prompt if guided else "", guided, adapters, request.adapter_scale)
 
     @torch.no_grad()

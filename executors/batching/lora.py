@@ -62,6 +62,8 @@ class AdapterBank:
         self._guard = threading.Lock()
         """Held while adapters come and go: other threads add them while calls are under way."""
         self._pairs: _Pairs = {}
+        self._inserted = 0
+        self._numbers: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._pairs
@@ -69,6 +71,10 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         """Return the adapters that requests may name."""
         return tuple(self._pairs)
+
+    def number(self, name: str) -> int:
+        """Return a number that an adapter has since it was added: another one under its name has another. 0 for none."""
+        return self._numbers.get(name, 0)
 
     def size_bytes(self, name: str) -> int:
         """Return the memory that an adapter's weights take."""
@@ -90,6 +96,8 @@ class AdapterBank:
         with self._guard:
             self._remove(prepared.name)
             self._pairs[prepared.name] = dict(prepared.pairs)
+            self._inserted += 1
+            self._numbers[prepared.name] = self._inserted
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take an adapter's tensors, ``<part>.<layer>.lora_A.weight`` and ``lora_B.weight`` or as other tools name them.

@@ -207,6 +207,29 @@ def test_more_sets_than_slots_and_a_changed_adapter_are_written_anew(monkeypatch
             pass
 
 
+def test_a_prompt_is_encoded_anew_when_its_adapter_was_exchanged() -> None:
+    loaded = pipelines.load(ModelRef("tiny", MODEL_DIR), "cpu")
+    text = {
+        seed: {
+            key: t for key, t in random_adapter(loaded, seed, strength=0.2).items() if key.startswith("text_encoder")
+        }
+        for seed in (1, 2)
+    }
+    bank = AdapterBank(loaded)
+    batch = RunningBatch(loaded, bank=bank)
+
+    def made() -> Any:
+        batch.admit(PictureRequest("a", "a red star", steps=2, adapters=(("mine", 1.0),)))
+        return drained(batch)["a"]
+
+    bank.put("mine", text[1])
+    first = made()
+    bank.put("mine", text[2])
+    assert np.abs(made() - first).max() > LEVELS
+    bank.put("mine", text[1])
+    assert np.array_equal(made(), first)
+
+
 def test_what_a_training_left_is_read_from_its_directory(tmp_path: Path) -> None:
     loaded = pipelines.load(ModelRef("tiny", MODEL_DIR), "cpu")
     adapters.write(tmp_path, random_adapter(loaded, 1), {"method": "lora"})
