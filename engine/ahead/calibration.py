@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
@@ -40,11 +41,19 @@ _WINDOW: Final = 1_000
 _ENOUGH: Final = 40
 """With fewer scores of its own a stratum borrows those of its neighbours."""
 _LATEST: Final = 1_000
+_NORMAL: Final = NormalDist()
 _GAIN: Final = 0.001
 _LEVELS: Final = {name: (level - 0.05, min(0.99, level + 0.08)) for name, level in LEVELS.items()}
 """How far the level itself may be moved."""
 _MOST: Final = 3.0
 """Most that a factor's logarithm may be, up or down."""
+
+PRIOR: Final = 40
+"""Made-up scores that every P90 begins with in every stratum; real ones outnumber and then displace them."""
+SPREADS: Final = (0.5, 0.8, 1.0, 1.0, 0.8, 0.35, 0.25)
+"""By horizon, of ordinary tasks: standard deviation of the made-up scores. What is a minute to a quarter of an hour ahead is the
+least certain where the shortest and the newest tenants go first; what is an hour ahead follows the work that waits."""
+URGENT_SPREAD: Final = 0.3
 
 Score = list[float]
 """One score, shared with the promise that may still correct it."""
@@ -69,12 +78,13 @@ class Calibration:
 
     def __init__(self) -> None:
         self._scores: dict[str, list[deque[Score]]] = {
-            name: [deque(maxlen=_WINDOW) for _ in range(STRATA)] for name in LEVELS
+            name: [deque(_prior(stratum) if level > 0.5 else (), maxlen=_WINDOW) for stratum in range(STRATA)]
+            for name, level in LEVELS.items()
         }
         self._level = dict(LEVELS)
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_LATEST) for name in LEVELS}
         self._logs: dict[str, Floats] = {name: np.zeros(STRATA) for name in LEVELS}
-        self._stale = dict.fromkeys(LEVELS, False)
+        self._stale = dict.fromkeys(LEVELS, True)
         self.scored = 0
         """Promised finishes whose P90 was judged so far."""
 
@@ -147,6 +157,7 @@ class Calibration:
                 if len(parts) != STRATA:
                     raise ValueError(f"{len(parts)} strata instead of {STRATA}")
                 for kept, part in zip(found._scores[name], parts, strict=True):
+                    kept.clear()
                     kept.extend([_bounded(float(score))] for score in part)
                 low, high = _LEVELS[name]
                 found._level[name] = min(high, max(low, float(plain["level"][name])))
@@ -156,6 +167,14 @@ class Calibration:
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"the saved calibration is not one of this build: {error!r}; delete the file") from None
         return found
+
+
+def _prior(stratum: int) -> list[Score]:
+    """Return the scores that a stratum begins with, in no order of size."""
+    urgent, horizon = divmod(stratum, HORIZONS)
+    spread = URGENT_SPREAD if urgent else SPREADS[horizon]
+    levels = ((7 * number % PRIOR + 0.5) / PRIOR for number in range(PRIOR))
+    return [[spread * _NORMAL.inv_cdf(level)] for level in levels]
 
 
 def _score(raw_us: float, real_us: float) -> float:

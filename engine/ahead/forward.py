@@ -28,6 +28,8 @@ FAR_US: Final = 30 * 86_400 * 1_000_000
 """Nothing is foreseen beyond 30 days: a task that finds no place by then has no promise."""
 MOST_BUSY: Final = 0.5
 """Most of the places that tasks still to come are taken to need, however fast they came lately: no flood lasts for ever."""
+MOST_BUSY_AGEING: Final = 0.95
+"""The same for ordinary tasks of one line, where those that wait for long are served first."""
 FLOW_SPREAD: Final = 0.8
 """Standard deviation of the logarithm of how the rate of arrivals goes on, from the last quarter of an hour's."""
 FLOWS: Final[list[float]] = [
@@ -232,8 +234,10 @@ class Forward:
         kind, node = key
         mean, sigma = self._painter.load((kind[0], kind[1]))
         rate, work = self._measured.ordinary((kind[0], kind[1])) if self._overtakes else (0.0, 0.0)
-        if rate * work > MOST_BUSY * slots:
-            rate = MOST_BUSY * slots / work
+        # Who ages is overtaken no more then, so that a flood may take nearly all until then.
+        most = (MOST_BUSY_AGEING if self._profile.ordering.age_us else MOST_BUSY) * slots
+        if rate * work > most:
+            rate = most / work
         number = kinds.setdefault(kind, len(kinds))
         return _Line(number, node, price_of(kind), kind[2], kind[5], exp(mean), sigma, rate, work, [])
 
