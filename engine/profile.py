@@ -51,8 +51,6 @@ class Profile:
     """Prefer the warm Pod with the fewest tasks in it; else the one with the most."""
     weigh_company: bool = False
     """Start another Pod where there is room and its load is less than what a task's company in a busy Pod would cost."""
-    clear_for_company: bool = False
-    """Let an idle Pod of another model go instead, while nobody else waits and company costs half a load more than the load."""
     predicted_memory: bool = False
     """Give shared GPUs by the predicted P99 of memory where an estimate has one."""
     warm_first_us: Micros = 0
