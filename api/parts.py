@@ -178,6 +178,7 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
     from executors.devices import open_plugin
     from executors.limits import host_resources
     from executors.pod_models import ModelCache
+    from executors.pod_watch import Patience
     from executors.pods import LocalPodHost
 
     configure_logging("agent", level=settings.log_level)
@@ -189,7 +190,9 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
     cache = ModelCache(
         home / "models", settings.files_url(), settings.models_dir, round(settings.agent.model_cache_gib * 2**30)
     )
-    host = LocalPodHost(plugin, store, home / "work", cache, warm=("torch",))
+    floor_s = settings.agent.hung_after_s
+    patience = Patience(first_s=3 * floor_s, floor_s=floor_s, factor=settings.agent.hung_after_steps)
+    host = LocalPodHost(plugin, store, home / "work", cache, warm=("torch",), patience=patience)
     resources = host_resources(home)
     public = (keys / "scheduler.pub").read_text().strip()
     options = AgentOptions(

@@ -83,6 +83,10 @@ class AgentSection(_Section):
     """``auto``, ``nvml``, ``cpu:N`` or ``file:PATH`` (a JSON inventory)."""
     model_cache_gib: float = Field(20.0, gt=0, le=1_000_000)
     """What personalised models that were fetched may take of the node's disk."""
+    hung_after_s: float = Field(300.0, gt=0, le=86_400)
+    """A Pod in which something runs counts as hung when it gives no sign of life for so long, at least."""
+    hung_after_steps: float = Field(20.0, ge=2, le=100_000)
+    """And for so many times the longest step seen lately; three times `hung_after_s` while steps are not known."""
 
 
 class FleetSection(_Section):
