@@ -30,6 +30,9 @@ from executors.residency.weights import check_finite, check_name, inspect
 
 RESERVE_BYTES: Final = 1 << 30
 """Disk space that a fetch leaves free for others."""
+VERIFIED_BYTES: Final = 512 << 20
+"""Models up to this size are held against their content addresses whenever a process takes hold of them: disks rot."""
+DAMAGED_WAIT_S: Final = 10.0
 MAX_FILES: Final = 64
 """Files of one model."""
 MAX_IDS: Final = 64
@@ -172,14 +175,14 @@ class DiskTier:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not self._is_here(key):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._lock_alone(key, lock)
             if not self._is_current(key, lock):
                 return False
-            if not self._use(key, model_id):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self._use(key, model_id) or (hold and not self._is_true(key, files)):
+                self._lock_alone(key, lock)
                 if not self._is_current(key, lock):
                     return False
-                if not self._is_here(key):
+                if not self._is_here(key) or not self._is_true(key, files):
                     self._clear(key)
                     self._bring(key, model_id, files, ahead=ahead)
             if hold:
@@ -193,9 +196,31 @@ class DiskTier:
                 lock.close()
         return True
 
+    def _lock_alone(self, key: str, lock: IO[bytes]) -> None:
+        """Wait for the lock alone: for whoever fetches as long as it takes, for a damaged model that others use not for ever."""
+        deadline = time.monotonic() + DAMAGED_WAIT_S
+        while (self.root / key).is_dir():
+            if _try(lock):
+                return
+            if time.monotonic() > deadline:
+                raise NoRoom(
+                    f"the model in {self.root}/{key} is damaged and in use by another Pod; another node may have it"
+                )
+            time.sleep(0.02)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
     def _is_here(self, key: str) -> bool:
         directory = self.root / key
         return directory.is_dir() and self._read().is_whole(key, directory)
+
+    def _is_true(self, key: str, files: Mapping[str, str]) -> bool:
+        """Tell whether a model's bytes are those that its content addresses name; larger ones are believed."""
+        try:
+            if sum((self.root / key / name).stat().st_size for name in files) > VERIFIED_BYTES:
+                return True
+            return all(_digest(self.root / key / name) == file_id for name, file_id in files.items())
+        except OSError:
+            return False
 
     def _use(self, key: str, model_id: str) -> bool:
         """Note a use of what is here and whole; False when it is to be fetched. The key's lock is held."""
@@ -417,6 +442,11 @@ def _try(lock: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

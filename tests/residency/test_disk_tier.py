@@ -268,6 +268,56 @@ def test_a_model_whose_files_were_cut_by_a_power_cut_is_fetched_again(tier: Disk
     assert tier.counts()["bytes"] == SIZE
 
 
+def test_a_model_whose_bytes_rotted_is_fetched_again_by_who_takes_hold_of_it(
+    tier: DiskTier, store: ObjectFileStore
+) -> None:
+    files = put(store, "a")
+    path = tier.fetch("a", files, hold=False) / "adapter.safetensors"
+    path.write_bytes(weights("a")[:-1] + b"x")
+    tier.fetch("a", files)
+    assert path.read_bytes() == weights("a")
+    assert tier.counts()["bytes"] == SIZE
+    tier.release(files)
+
+
+def test_a_damaged_model_that_another_pod_uses_is_refused_not_waited_for(
+    tier: DiskTier, store: ObjectFileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_module, "DAMAGED_WAIT_S", 0.0)
+    files = put(store, "a")
+    program = (
+        "import sys, json; from pathlib import Path\n"
+        "from executors.residency.disk import DiskTier\n"
+        "root, url, files = json.loads(sys.argv[1])\n"
+        "DiskTier(Path(root), url, 3000).fetch('a', files)\n"
+        "print('held', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps([str(tier.root), store.url, files])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        path = tier.root / key_of(files) / "adapter.safetensors"
+        path.write_bytes(weights("a")[:-1] + b"x")
+        with pytest.raises(NoRoom, match="damaged and in use"):
+            tier.fetch("a", files)
+        other.kill()
+    tier.fetch("a", files)
+    assert path.read_bytes() == weights("a")
+    tier.release(files)
+
+
+def test_a_large_model_is_believed_by_its_size(
+    tier: DiskTier, store: ObjectFileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_module, "VERIFIED_BYTES", SIZE - 1)
+    files = put(store, "a")
+    path = tier.fetch("a", files, hold=False) / "adapter.safetensors"
+    path.write_bytes(weights("a")[:-1] + b"x")
+    tier.fetch("a", files)
+    assert path.read_bytes().endswith(b"x")
+    tier.release(files)
+
+
 def test_a_model_that_somebody_deleted_is_fetched_again(tier: DiskTier, store: ObjectFileStore) -> None:
     files = put(store, "a")
     path = tier.fetch("a", files, hold=False)
