@@ -67,7 +67,7 @@ class ChallengerSettings:
     window: int = 12_000
     judged: int = 2000
     margin: float = 0.01
-    trees: int = 60
+    trees: int = 40
 
 
 class Challenger:

@@ -50,9 +50,9 @@ _SAYS_NOTHING = -0.5
 """A task stopped so many deviations from the centre says nothing; where nearly all are stopped, that holds the centre near."""
 _COLUMNS = 1 + COVARIATES + len(_MEMORIES) + 4
 _SPREAD = slice(_COLUMNS, _COLUMNS + SPREAD_COLUMNS)
-_EXTRAS = 1 + COVARIATES + 2 + 1
+_EXTRAS = 1 + COVARIATES + 2
 WIDTH = _COLUMNS + SPREAD_COLUMNS + _EXTRAS
-"""Columns of what the trees see: those of both recursions, the ladder's mean, the sizes themselves, traits and the scale."""
+"""Columns of what the trees see: those of both recursions, the ladder's mean, the sizes themselves and traits."""
 _RISING = (*range(1, 1 + COVARIATES), *range(WIDTH - _EXTRAS + 1, WIDTH - _EXTRAS + 1 + COVARIATES))
 """Larger pictures, more steps and more pictures never lower a prediction."""
 
@@ -164,17 +164,15 @@ class DurationModel:
             ladder_mean,
             *request.covariates,
             *request.traits,
-            0.0,
         )
         row = np.array(values)
         champion = self.level.level + base + self.correction.predict(row[:_COLUMNS])
-        scale = self.champion.scale(row[_SPREAD], weights[1])
-        row[-1] = math.log(scale)
-        challenger, centre = self.challenger, champion
+        challenger, centre, errors = self.challenger, champion, self.champion
         served = challenger.serving and challenger.trees is not None
         if served and challenger.trees is not None:
             centre += bounded(challenger.trees.predict(row))
-            scale = challenger.errors.scale(row[_SPREAD], weights[1])
+            errors = challenger.errors
+        scale = errors.scale(row[_SPREAD], weights[1])
         return Outlook(
             level=self.level.level,
             base=base,
@@ -192,10 +190,11 @@ class DurationModel:
 
     def _unrest(self, request: Request, now_s: float) -> list[float]:
         """Return by how much errors were larger than expected: lately, those of the model, and those of the user, in logs."""
-        keys = (None, request.model, request.user)
+        of_all, of_model, of_user = self._unrests
         return [
-            table.shrunk(key, now_s, 0.0, strength)
-            for (_, strength), table, key in zip(_UNRESTS, self._unrests, keys, strict=True)
+            of_all.shrunk(None, now_s, 0.0, _UNRESTS[0][1]),
+            of_model.shrunk(request.model, now_s, 0.0, _UNRESTS[1][1]),
+            of_user.shrunk(request.user, now_s, 0.0, _UNRESTS[2][1]),
         ]
 
     def _declared(self, request: Request, now_s: float, ladder_mean: float) -> tuple[float, float]:

@@ -140,6 +140,8 @@ def _number(features: Mapping[str, Feature], name: str) -> float:
     value = features.get(name)
     if value is None or value == "":
         return 0.0
+    if isinstance(value, float) and 0.0 <= value < math.inf:
+        return value
     try:
         number = float(value)
     except ValueError:

@@ -46,7 +46,7 @@ class GpuMemoryModel:
 
     def p99_bytes(self, request: Request, now_s: float) -> int:
         """Return the P99 of peak memory per GPU; 0 when neither the model's size nor any measurement is known."""
-        floor = self._floor(request)
+        floor = self._floor(request) if self.floors else 0.0
         if not self._known(request):
             return int(floor)
         return int(max(floor, self._expected(request, now_s) * self.margin()))
@@ -100,7 +100,9 @@ class GpuMemoryModel:
         return max((bytes_ for at, bytes_ in pairs if at <= size), default=0.0)
 
     def _known(self, request: Request) -> bool:
-        return _counted(request)[2] or (request.method, request.model) in self.lines
+        if (request.method, request.model) in self.lines:
+            return True
+        return bool(request.family or request.weights_bytes) and _counted(request)[2]
 
     def _expected(self, request: Request, now_s: float) -> float:
         """Return where the model's line lies at the request's size: least squares held to the counted line, never falling."""

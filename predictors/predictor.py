@@ -239,7 +239,7 @@ def _times(
     centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool(outlook)
     if elapsed_us <= 0:
         exp = math.exp
-        times = [round(exp(min(centre + scale * z, 20.0)) * SECOND) for z in pool.quantiles(LEVELS)]
+        times = [int(exp(min(centre + scale * z, 20.0)) * SECOND + 0.5) for z in pool.quantiles(LEVELS)]
         if times[0] < 1 or times[-1] > LONGEST_US:
             times = [max(1, min(LONGEST_US, us)) for us in times]
         # A mean beyond P99 would be one freak's: in a young pool a single residual can weigh that much.

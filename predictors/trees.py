@@ -17,11 +17,13 @@ LEAVES = 16
 """The most leaves of a tree: one bit each of a 16-bit mask."""
 _ALL = np.uint16(0xFFFF)
 _ROWS_AT_ONCE = 512
+_TOTAL_RATE = 4.8
+"""Learning rate times trees: fewer trees take larger steps."""
 
 
-def _first_bits() -> NDArray[np.int64]:
+def _first_bits() -> NDArray[np.int8]:
     masks = np.arange(1, 1 << LEAVES)
-    return np.concatenate(([0], np.log2(masks & -masks).astype(np.int64)))
+    return np.concatenate(([0], np.log2(masks & -masks))).astype(np.int8)
 
 
 _FIRST_BIT = _first_bits()
@@ -45,9 +47,9 @@ class Trees:
         """Return the model's value for one row of features."""
         if not len(self.starts):
             return self.base
-        kept = np.where(row[self.features] <= self.thresholds, _ALL, self.masks)
-        leaves = _FIRST_BIT[np.bitwise_and.reduceat(kept, self.starts)]
-        return self.base + float(self.values[self.offsets + leaves].sum())
+        kept = np.where(row.take(self.features) <= self.thresholds, _ALL, self.masks)
+        leaves = _FIRST_BIT.take(np.bitwise_and.reduceat(kept, self.starts))
+        return self.base + float(self.values.take(self.offsets + leaves).sum())
 
     def predict_rows(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the model's values for rows of features, shape (rows, features)."""
@@ -86,7 +88,7 @@ class Trees:
         )
 
 
-def fit(rows: NDArray[np.float32], targets: NDArray[np.float64], rising: Sequence[int], trees: int = 60) -> Trees:
+def fit(rows: NDArray[np.float32], targets: NDArray[np.float64], rising: Sequence[int], trees: int = 40) -> Trees:
     """Fit boosted trees by least squares; their value never falls in the features whose places are ``rising``.
 
     The same rows give the same trees. Raises ImportError without scikit-learn, ValueError for fewer than two rows.
@@ -96,7 +98,7 @@ def fit(rows: NDArray[np.float32], targets: NDArray[np.float64], rising: Sequenc
     constraints = [1 if place in set(rising) else 0 for place in range(rows.shape[1])]
     model = HistGradientBoostingRegressor(
         max_iter=trees,
-        learning_rate=0.08,
+        learning_rate=_TOTAL_RATE / trees,
         max_leaf_nodes=LEAVES,
         min_samples_leaf=20,
         l2_regularization=5.0,
