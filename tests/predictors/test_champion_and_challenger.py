@@ -33,7 +33,7 @@ def test_flat_trees_say_what_the_library_s_own_model_says() -> None:
     ours = fit(x, y, rising=(2,), trees=30)
     theirs = HistGradientBoostingRegressor(
         max_iter=30,
-        learning_rate=0.08,
+        learning_rate=4.8 / 30,
         max_leaf_nodes=16,
         min_samples_leaf=20,
         l2_regularization=5.0,
