@@ -91,10 +91,12 @@ def test_a_run_that_is_nearly_over_is_little_company() -> None:
     assert drill.ask("x") == "joins"
 
 
-def test_a_group_stays_together() -> None:
-    drill = Drill()
-    drill.ask("member", marginal_permille=0, group="g", affinity=Affinity.PREFERRED)
-    assert drill.ask("x", group="g", affinity=Affinity.PREFERRED) == "joins"
+def test_a_strict_group_stays_on_its_node() -> None:
+    drill = Drill(gpus=1)
+    drill.ask("member", marginal_permille=0, group="g", affinity=Affinity.STRICT)
+    drill.step(NodeJoined(NodeSpec("n2", (GpuSpec("g9", "a100", 80 * GIB),))))
+    assert drill.ask("x", group="g", affinity=Affinity.STRICT) == "joins"
+    assert drill.ask("y") == "new"
 
 
 def test_an_idle_pod_is_taken_before_anything_is_loaded() -> None:
