@@ -65,7 +65,8 @@ def random_adapters(loaded: pipelines.LoadedPipeline, count: int) -> dict[str, d
         adapters.weight_key(part, name): module
         for part, whole in loaded.parts.items()
         for name, module in whole.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        # SDXL's LoRAs mostly leave its text encoders alone, and diffusers nests those differently.
+        if isinstance(module, torch.nn.Linear) and (part == "unet" or loaded.family == "sd")
     }
 
     def one() -> dict[str, torch.Tensor]:
