@@ -15,7 +15,7 @@ engine/state.py engine/timers.py engine/turn.py
 engine/lifecycle.py engine/states.py
 engine/levels/admission.py engine/levels/binding.py engine/levels/choice.py engine/levels/creation.py
 engine/levels/elasticity.py engine/levels/models.py engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py
-engine/levels/victims.py engine/levels/waiting.py
+engine/levels/sharing.py engine/levels/victims.py engine/levels/waiting.py
 sim/attempts.py sim/caches.py sim/draws.py sim/due.py sim/gpu_ledger.py sim/maker.py sim/metrics.py sim/parts.py sim/pump.py sim/shares.py
 sim/sketches.py sim/world.py
 sim/jobs/core.py sim/jobs/line.py sim/jobs/nodes.py sim/jobs/processors.py sim/jobs/promise.py

@@ -62,6 +62,10 @@ class Profile:
     """A Pod whose model has tasks waiting stays until it has served for so many times its load; 0: it may go at any time."""
     gather_us: Micros = 0
     """How long an ordinary task stands back for models with more tasks waiting per Pod where others must leave; 0: never."""
+    slot_slowdown_permille: int = 0
+    """Share of a run, in thousandths, that every other task in a Pod adds to it; 0: Pods are shared as if that were nothing."""
+    widen_loads: int = 4
+    """A task gets one more Pod of its model in the place of an idle one if sharing costs more than so many loads there."""
     # preemption
     preempt: bool = False
     urgent_weight: int = 10

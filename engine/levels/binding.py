@@ -13,6 +13,7 @@ from engine.levels.gangs import place_gang
 from engine.levels.joining import node_instead
 from engine.levels.models import look_back, may_leave, next_for_room, stands_back
 from engine.levels.room import claim, make_room
+from engine.levels.sharing import choose_pod, wants_another
 from engine.lines import Rank
 from engine.turn import Turn
 
@@ -148,6 +149,10 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
             return True
     node = node_instead(turn, rank, task, pod)
     if node is not None and _create_on(turn, task, task.lines[-1], node):
+        return True
+    pod, cost_us = choose_pod(turn, line, task, pod)
+    room: RoomLine = task.lines[-1]
+    if wants_another(turn, room, cost_us) and (_place_new(turn, room, task) or claim_room(turn, task, room)):
         return True
     bind_warm(turn, task, pod)
     return True

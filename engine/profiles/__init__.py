@@ -46,6 +46,8 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "predicted_memory": ("predicted_memory", "bool"),
         "warm_first_s": ("warm_first_us", "seconds"),
         "reclaim_idle": ("reclaim_idle", "bool"),
+        "slot_slowdown_permille": ("slot_slowdown_permille", "int"),
+        "widen_loads": ("widen_loads", "int"),
         "gather_s": ("gather_us", "seconds"),
         "serve_loads": ("serve_loads", "int"),
         "warm_first_loads": ("warm_first_loads", "int"),
