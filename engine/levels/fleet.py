@@ -13,7 +13,7 @@ from engine.cluster import pick_gpus
 from engine.commands import CreatePod, ScaleNodes
 from engine.entities import Node, Pod
 from engine.reasons import Reason
-from engine.tasks import Micros, PodState
+from engine.tasks import PodState
 from engine.turn import Turn
 
 CREATED_PER_CHECK = 8
@@ -145,7 +145,7 @@ def _not_above(levels: tuple[int, ...], level: int) -> int:
 def _start_ahead(turn: Turn) -> None:
     state, backlog = turn.state, turn.backlog
     forecast = state.fleet.forecast
-    if forecast is None or state.pending or _is_stale(turn):
+    if forecast is None or state.pending or not is_fresh(turn):
         return
     created = 0
     for each in forecast.models:
@@ -161,21 +161,24 @@ def _start_ahead(turn: Turn) -> None:
             created += 1
 
 
-def _is_stale(turn: Turn) -> bool:
+def is_fresh(turn: Turn) -> bool:
+    """Tell whether there is a forecast that is not too old to go by."""
     fleet = turn.state.fleet
-    return fleet.forecast is None or fleet.forecast_at + STALE_HORIZONS * fleet.forecast.horizons_us[0] < turn.now
+    return fleet.forecast is not None and fleet.forecast_at + STALE_HORIZONS * fleet.forecast.horizons_us[0] >= turn.now
 
 
 def _let_go(turn: Turn) -> None:
-    """Let idle Pods go that cost more to hold than to load again, unless the forecast or a deployment wants them."""
+    """Let idle Pods go that cost more to hold than to load again, or idle for too long, unless anybody is expected for them."""
     hold = turn.profile.hold_permille
     forecast = turn.state.fleet.forecast
-    if not hold or forecast is None or _is_stale(turn):
+    if forecast is None or not is_fresh(turn):
         return
+    longest_us = turn.limits.idle_ttl_us
     wanted = {(each.method, each.model): wanted_ahead(turn, each) for each in forecast.models}
     for pod in list(turn.backlog.idle.values()):
         key = (pod.method, pod.model)
-        if not _is_idle(pod) or turn.now - pod.idle_since < _worth_us(turn, pod) * 1000 // hold:
+        worth_us = turn.backlog.idle_pods.load_us(pod) * 1000 // hold if hold else longest_us
+        if not _is_idle(pod) or turn.now - pod.idle_since < min(longest_us, worth_us):
             continue
         if len(turn.backlog.by_model.get(key, ())) <= wanted.get(key, 0) or turn.is_kept(pod):
             continue
@@ -184,7 +187,3 @@ def _let_go(turn: Turn) -> None:
 
 def _is_idle(pod: Pod) -> bool:
     return not pod.tasks and pod.state in (PodState.READY, PodState.IDLE)
-
-
-def _worth_us(turn: Turn, pod: Pod) -> Micros:
-    return turn.backlog.idle_pods.load_us(pod)

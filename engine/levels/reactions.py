@@ -8,6 +8,7 @@ from typing import Any
 from engine import agenda
 from engine.commands import DeletePod, StartTask
 from engine.entities import Claim, Node, Pod, Task
+from engine.levels import fleet
 from engine.levels.admission import admit
 from engine.levels.creation import create_pod
 from engine.levels.ordering import AGED, ORDINARY
@@ -50,6 +51,8 @@ def work_off_due(turn: Turn) -> None:
 
 def _let_idle_go(turn: Turn) -> None:
     """Let Pods go that have been idle for too long; those that a deployment keeps are looked at again in every step."""
+    if turn.profile.warm_ahead and fleet.is_fresh(turn):
+        return  # Who goes is decided with the forecast, when capacity is checked.
     overdue = turn.backlog.overdue
     for number in sorted(overdue):
         pod = overdue[number]

@@ -215,3 +215,15 @@ def test_the_peak_of_the_cool_down_is_remembered_and_no_longer() -> None:
 
 def test_an_order_from_before_there_were_fleets_is_still_read() -> None:
     assert codec.decode(b'[1,"ScaleNodes",{"nodes":3,"reason":"idle"}]') == ScaleNodes(3, "idle")
+
+
+def test_an_idle_pod_is_kept_as_long_as_somebody_is_expected_for_it(fleet, task) -> None:
+    made = fleet(1, warm_ahead=True, hold_permille=10)
+    made.answer(made.submit(task("t", demand=DEMAND, model="m", method="text_to_image")))
+    made.finish("t")
+    gone = []
+    for _ in range(20):
+        gone += made.step(_forecast(1.0, (_model("m", (0.1, 0.5, 0.9)),)), CapacityChecked(), after=60)
+    assert not [each for each in gone if isinstance(each, DeletePod)]
+    late = made.step(_forecast(1.0), CapacityChecked(), after=60)
+    assert [each.reason for each in late if isinstance(each, DeletePod)] == ["idle"]
