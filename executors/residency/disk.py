@@ -14,49 +14,32 @@ import json
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from executors.dfs import CorruptFile, ObjectFileStore, open_store
 from executors.methods.base import ModelMissing
 from executors.residency import records
+from executors.residency.holds import Holds, NoRoom
 from executors.residency.records import Kept, Shelf
 from executors.residency.weights import check_finite, check_name, inspect
+
+__all__ = ["DiskTier", "NoRoom", "OnDisk", "key_of"]
 
 RESERVE_BYTES: Final = 1 << 30
 """Disk space that a fetch leaves free for others."""
 VERIFIED_BYTES: Final = 512 << 20
 """Models up to this size are held against their content addresses whenever a process takes hold of them: disks rot."""
-DAMAGED_WAIT_S: Final = 10.0
 MAX_FILES: Final = 64
 """Files of one model."""
 MAX_IDS: Final = 64
 """Names under which one set of files is known."""
 MAX_QUICK_USES: Final = 1_000
-_LOCK, _PART = ".lock", ".part"
-_Leases = dict[tuple[str, str], "_Lease"]
-
-
-class NoRoom(OSError):
-    """The disk has no room for a model; another node may have."""
-
-
-@dataclass(slots=True)
-class _Lease:
-    """A model that this process uses: the open lock, and how many times it was taken."""
-
-    lock: IO[bytes]
-    count: int = 1
-
-
-_LEASES: _Leases = {}
-"""Of this process, by directory and key; a process that ends gives its locks back."""
-_LEASING: Final = threading.Lock()
+_PART: Final = ".part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +60,7 @@ class DiskTier:
         self._store_url = store_url
         self._budget_bytes = budget_bytes
         self._store: ObjectFileStore | None = None
-        self._quick_uses: dict[str, int] = {}
-        """Uses of models that this process held already: they are noted with the next change of the ledger."""
+        self._holds = Holds(root)
 
     # --- what is needed now -------------------------------------------------------------------------------------------
 
@@ -89,7 +71,7 @@ class DiskTier:
         that is needed now is fetched all the same and goes as soon as nobody holds it. Raises ModelMissing with the reason, NoRoom.
         """
         key = key_of(files)
-        if hold and self._hold_again(key):
+        if hold and self._holds.again(key):
             return self.root / key
         self.root.mkdir(parents=True, exist_ok=True)
         while not self._fetched(key, model_id, files, hold=hold, ahead=ahead):
@@ -98,15 +80,7 @@ class DiskTier:
 
     def release(self, files: Mapping[str, str]) -> None:
         """Let go of a model once; raises ValueError when this process does not hold it."""
-        name = (str(self.root), key_of(files))
-        with _LEASING:
-            lease = _LEASES.get(name)
-            if lease is None:
-                raise ValueError(f"the model in {self.root}/{name[1]} is released more often than it was held")
-            lease.count -= 1
-            if lease.count == 0:
-                del _LEASES[name]
-                lease.lock.close()
+        self._holds.release(key_of(files))
 
     # --- what should stay -----------------------------------------------------------------------------------------------
 
@@ -126,7 +100,7 @@ class DiskTier:
         with self._session() as shelf:
             shelf.unpin(model_id)
             for key in shelf.keys_of(model_id):
-                freed += shelf.size_of(key) if self._remove(key) else 0
+                freed += shelf.size_of(key) if self._holds.remove(key) else 0
                 shelf.ledger.drop(key)
                 shelf.forget(key)
         return freed
@@ -170,44 +144,31 @@ class DiskTier:
         A lock that may be shared is enough for what is here: others that use the model keep theirs for as long as they live.
         Only who fetches has the lock alone, and those who want the same model wait for that.
         """
-        lock = self._open_lock(key)
+        lock = self._holds.open(key)
         held = False
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            self._holds.share(lock)
             if not self._is_here(key):
-                self._lock_alone(key, lock)
-            if not self._is_current(key, lock):
+                self._holds.alone(key, lock)
+            if not self._holds.is_current(key, lock):
                 return False
             if not self._use(key, model_id) or (hold and not self._is_true(key, files)):
-                self._lock_alone(key, lock)
-                if not self._is_current(key, lock):
+                self._holds.alone(key, lock)
+                if not self._holds.is_current(key, lock):
                     return False
                 if not self._is_here(key) or not self._is_true(key, files):
                     self._clear(key)
                     self._bring(key, model_id, files, ahead=ahead)
             if hold:
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                if not self._is_current(key, lock) or not (self.root / key).is_dir():
+                self._holds.share(lock)
+                if not self._holds.is_current(key, lock) or not (self.root / key).is_dir():
                     return False
-                self._keep(key, lock)
+                self._holds.keep(key, lock)
                 held = True
         finally:
             if not held:
                 lock.close()
         return True
-
-    def _lock_alone(self, key: str, lock: IO[bytes]) -> None:
-        """Wait for the lock alone: for whoever fetches as long as it takes, for a damaged model that others use not for ever."""
-        deadline = time.monotonic() + DAMAGED_WAIT_S
-        while (self.root / key).is_dir():
-            if _try(lock):
-                return
-            if time.monotonic() > deadline:
-                raise NoRoom(
-                    f"the model in {self.root}/{key} is damaged and in use by another Pod; another node may have it"
-                )
-            time.sleep(0.02)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
     def _is_here(self, key: str) -> bool:
         directory = self.root / key
@@ -324,7 +285,7 @@ class DiskTier:
             going = shelf.ledger.plan(size_bytes)
             if going is None:
                 break
-            busy = [each for each in going if not self._is_free(each)]
+            busy = [each for each in going if not self._holds.is_free(each)]
             if not busy:
                 busy = [each for each in going if not self._evict(shelf, each)]
             if not busy:
@@ -334,52 +295,11 @@ class DiskTier:
         return shelf.ledger.admit(key, size_bytes) is not None
 
     def _evict(self, shelf: Shelf, key: str) -> bool:
-        if not self._remove(key):
+        if not self._holds.remove(key):
             return False
         shelf.ledger.evict(key)
         shelf.forget(key)
         return True
-
-    def _is_free(self, key: str) -> bool:
-        with self._open_lock(key) as lock:
-            return _try(lock)
-
-    def _remove(self, key: str) -> bool:
-        """Remove a model's files and its lock unless somebody holds them."""
-        with self._open_lock(key) as lock:
-            if not _try(lock):
-                return False
-            shutil.rmtree(self.root / key, ignore_errors=True)
-            (self.root / f"{key}{_LOCK}").unlink(missing_ok=True)
-            return True
-
-    def _open_lock(self, key: str) -> IO[bytes]:
-        return (self.root / f"{key}{_LOCK}").open("ab")
-
-    def _is_current(self, key: str, lock: IO[bytes]) -> bool:
-        """Tell whether a lock is still the key's own: it may have been removed with the model while it was waited for."""
-        try:
-            return os.path.samestat(os.fstat(lock.fileno()), (self.root / f"{key}{_LOCK}").stat())
-        except FileNotFoundError:
-            return False
-
-    def _hold_again(self, key: str) -> bool:
-        with _LEASING:
-            lease = _LEASES.get((str(self.root), key))
-            if lease is None:
-                return False
-            lease.count += 1
-            self._quick_uses[key] = self._quick_uses.get(key, 0) + 1
-            return True
-
-    def _keep(self, key: str, lock: IO[bytes]) -> None:
-        with _LEASING:
-            lease = _LEASES.get((str(self.root), key))
-            if lease is None:
-                _LEASES[str(self.root), key] = _Lease(lock)
-            else:
-                lease.count += 1
-                lock.close()
 
     # --- the ledger on disk -------------------------------------------------------------------------------------------------
 
@@ -391,9 +311,7 @@ class DiskTier:
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
             shelf = self._read()
             self._sweep(shelf)
-            with _LEASING:
-                quick, self._quick_uses = self._quick_uses, {}
-            for key, times in quick.items():
+            for key, times in self._holds.take_quick_uses().items():
                 for _ in range(min(times, MAX_QUICK_USES)):
                     shelf.ledger.use(key)
             yield shelf
@@ -417,12 +335,12 @@ class DiskTier:
         """Make the ledger and the directory agree: what a crash left on one side only goes, unless somebody is at work on it."""
         present = {path.name for path in self._models()}
         for key in [key for key in shelf.ledger if key not in present]:
-            if self._remove(key):
+            if self._holds.remove(key):
                 shelf.ledger.drop(key)
                 shelf.forget(key)
         for key in present:
             if key not in shelf.ledger:
-                self._remove(key)
+                self._holds.remove(key)
         for key in shelf.ledger.overflow():  # The budget was lowered.
             self._evict(shelf, key)
 
@@ -434,14 +352,6 @@ def key_of(files: Mapping[str, str]) -> str:
     for name in files:
         check_name(name, "model.adapter")
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
-
-
-def _try(lock: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _digest(path: Path) -> str:

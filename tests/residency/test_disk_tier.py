@@ -17,6 +17,7 @@ from executors import dfs
 from executors.dfs import ObjectFileStore, open_store
 from executors.methods.base import ModelMissing
 from executors.residency import disk as disk_module
+from executors.residency import holds
 from executors.residency.disk import DiskTier, NoRoom, key_of
 
 SIZE = 1000
@@ -283,7 +284,7 @@ def test_a_model_whose_bytes_rotted_is_fetched_again_by_who_takes_hold_of_it(
 def test_a_damaged_model_that_another_pod_uses_is_refused_not_waited_for(
     tier: DiskTier, store: ObjectFileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_module, "DAMAGED_WAIT_S", 0.0)
+    monkeypatch.setattr(holds, "DAMAGED_WAIT_S", 0.0)
     files = put(store, "a")
     program = (
         "import sys, json; from pathlib import Path\n"
