@@ -194,6 +194,7 @@ def _features(job: Job, held: str, adapters: tuple[str, ...]) -> tuple[tuple[str
         "height": "height",
         "scheduler": "scheduler",
         "rank": "rank",
+        "guidance": "guidance",
     }
     for name, feature in names.items():
         value = job.parameters.get(name)
