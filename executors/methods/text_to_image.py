@@ -58,8 +58,6 @@ class _Job:
 class TextToImage:
     """Holds one model and makes pictures with it; a `SharedMethod`."""
 
-    paced = True
-
     def __init__(self) -> None:
         self._loaded: pipelines.LoadedPipeline | None = None
         self._batch = MAX_BATCH
@@ -90,6 +88,13 @@ class TextToImage:
             raise Cancelled
         files, facts = _save(made, job, loaded, context)
         return MethodResult(files, facts, device.peak_bytes(loaded.device))
+
+    @property
+    def paced(self) -> bool:
+        """Whether every step is heard of: a pipeline that calls nobody between two steps keeps its pace to itself."""
+        if self._loaded is None or self._loaded.family != "other":
+            return True
+        return "callback_on_step_end" in inspect.signature(type(self._loaded.pipe).__call__).parameters
 
     def close(self) -> None:
         """Give the model's memory back."""
