@@ -15,7 +15,7 @@ def test_the_three_profiles_load() -> None:
     assert isinstance(profiles.load("kube-default").ordering, ByPriority)
     aigc = profiles.load("aigc")
     assert isinstance(aigc.ordering, Fair)
-    assert aigc.ordering.age_us == 600 * SECOND
+    assert aigc.ordering.age_us == 120 * SECOND
     assert aigc.preempt
 
 
