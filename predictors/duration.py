@@ -71,7 +71,9 @@ class DurationSettings:
     challenger: ChallengerSettings = field(default_factory=ChallengerSettings)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(
+    slots=True, eq=False
+)  # Frozen, it would take three times as long to make, and one is made for every prediction.
 class Outlook:
     """What the stack knew about one request when it was asked: enough to learn from the outcome later."""
 

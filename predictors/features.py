@@ -21,7 +21,7 @@ _PIXELS = 512.0 * 512.0
 _USUAL_WORK_S = physics.run_seconds(physics.SD15)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Frozen, it would take three times as long to make, and one is made for every prediction.
 class Request:
     """A task as the predictors see it. Missing features have neutral values."""
 

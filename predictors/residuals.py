@@ -117,7 +117,7 @@ class ResidualPool:
         if self._grid is None:
             self._grid = np.array([self.quantile((i + 0.5) / _GRID) for i in range(_GRID)])
             self._grid_age = 0
-        return float(np.exp(self._grid * scale).sum()) / _GRID
+        return float(np.add.reduce(np.exp(self._grid * scale))) / _GRID
 
     def state(self) -> dict[str, object]:
         """Return the pool as plain values, oldest first."""

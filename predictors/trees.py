@@ -49,7 +49,7 @@ class Trees:
             return self.base
         kept = np.where(row.take(self.features) <= self.thresholds, _ALL, self.masks)
         leaves = _FIRST_BIT.take(np.bitwise_and.reduceat(kept, self.starts))
-        return self.base + float(self.values.take(self.offsets + leaves).sum())
+        return self.base + float(np.add.reduce(self.values.take(self.offsets + leaves)))
 
     def predict_rows(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the model's values for rows of features, shape (rows, features)."""
