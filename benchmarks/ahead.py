@@ -2,7 +2,7 @@
 
 An engine with the `aigc` profile is kept at so many waiting tasks: tasks end at the pace of simulated time, and as many come.
 Beside it a `Foresight` follows every step and looks ahead as the live scheduler does: after a look that took t, not sooner than
-19 t later.
+49 t later.
 
 Printed are the CPU time of one look, how often there is one, and the looks' share of the time of a scheduler that is busy all the
 time; and the CPU time per finished task of its steps and of following them.
@@ -33,7 +33,7 @@ from engine.resources import GpuSpec, NodeSpec  # noqa: E402
 from engine.scheduler import Engine  # noqa: E402
 
 GIB = 1 << 30
-SHARE = 0.05
+SHARE = 0.02
 
 
 class Bench:

@@ -1,7 +1,7 @@
 """The scheduler's foresight while it runs: looks ahead when it can afford to, keeps what it learned, and answers quotes.
 
-A look costs from a millisecond (a few tasks) to some hundred (ten thousand); the next one comes after twenty times that, so that
-looking takes at most 5% of the scheduler's time, however much waits.
+A look costs from a millisecond (a few tasks) to some hundred (ten thousand); the next one comes after fifty times that, so that
+looking takes at most 2% of the scheduler's time, however much waits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from predictors.forecaster import OnlineForecaster
 
 _log = structlog.get_logger("sm")
 
-SHARE: Final = 0.05
-"""Most of the scheduler's time that looking ahead may take."""
+SHARE: Final = 0.02
+"""Most of the scheduler's time that looking ahead may take; following its steps takes about as much again."""
 LEAST_S: Final = 0.2
 """Looks come no more often than this."""
 STALE_S: Final = 5.0

@@ -36,15 +36,15 @@ LEAST_US: Final = 0.5 * SECOND
 """A horizon below this is stretched as if it were this long: what starts at once needs a moment all the same."""
 OVERDUE: Final = 0.2
 """What the score of a broken promise is taken to be above its factor, until the truth is known."""
-_WINDOW: Final = 1_000
+_WINDOW: Final = 3_000
 """Scores kept per quantile and stratum."""
 _ENOUGH: Final = 40
 """With fewer scores of its own a stratum borrows those of its neighbours."""
 _LATEST: Final = 1_000
 _NORMAL: Final = NormalDist()
-_GAIN: Final = 0.001
-_LEVELS: Final = {name: (level - 0.05, min(0.99, level + 0.08)) for name, level in LEVELS.items()}
-"""How far the level itself may be moved."""
+_GAIN: Final = 0.002
+_LEVELS: Final = {name: (level - 0.01, level + 0.085) for name, level in LEVELS.items()}
+"""How far the level itself may be moved: hardly down, because a quiet time says little of the next surge."""
 _MOST: Final = 3.0
 """Most that a factor's logarithm may be, up or down."""
 
@@ -81,10 +81,10 @@ class Calibration:
             name: [deque(_prior(stratum) if level > 0.5 else (), maxlen=_WINDOW) for stratum in range(STRATA)]
             for name, level in LEVELS.items()
         }
-        self._level = dict(LEVELS)
+        self._level = {name: [level] * STRATA for name, level in LEVELS.items()}
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=_LATEST) for name in LEVELS}
         self._logs: dict[str, Floats] = {name: np.zeros(STRATA) for name in LEVELS}
-        self._stale = dict.fromkeys(LEVELS, True)
+        self._stale = {name: set(range(STRATA)) for name in LEVELS}
         self.scored = 0
         """Promised finishes whose P90 was judged so far."""
 
@@ -108,10 +108,10 @@ class Calibration:
         """Take in that a promise held, and what it was off by."""
         self._add(name, stratum, [_score(raw_us, real_us)], True)
 
-    def corrected(self, name: str, score: Score, raw_us: float, real_us: float) -> None:
+    def corrected(self, name: str, stratum: int, score: Score, raw_us: float, real_us: float) -> None:
         """Take in the truth about a promise that had broken."""
         score[0] = _score(raw_us, real_us)
-        self._stale[name] = True
+        self._stale[name].add(stratum)
 
     def coverage(self, name: str = "finish_p90") -> Coverage:
         """Return how often a quantile held, over the last 1,000 promises at most."""
@@ -122,18 +122,22 @@ class Calibration:
         level = LEVELS[name]
         self._scores[name][stratum].append(score)
         low, high = _LEVELS[name]
-        self._level[name] = min(high, max(low, self._level[name] + _GAIN * (level - held)))
+        levels = self._level[name]
+        levels[stratum] = min(high, max(low, levels[stratum] + _GAIN * (level - held)))
         self._recent[name].append(held)
-        self._stale[name] = True
+        self._stale[name].add(stratum)
         if name == "finish_p90":
             self.scored += 1
 
     def _factors(self, name: str) -> Floats:
         """Return the logarithm of each stratum's factor."""
-        if self._stale[name]:
-            self._stale[name] = False
-            level, own = self._level[name], self._scores[name]
-            self._logs[name] = np.array([_quantile(_nearest(own, stratum), level) for stratum in range(STRATA)])
+        stale = self._stale[name]
+        if stale:
+            own, logs = self._scores[name], self._logs[name]
+            for stratum in range(STRATA):
+                if stratum in stale or len(own[stratum]) < _ENOUGH:
+                    logs[stratum] = _quantile(_nearest(own, stratum), self._level[name][stratum])
+            stale.clear()
         return self._logs[name]
 
     def saved(self) -> dict[str, Any]:
@@ -142,7 +146,7 @@ class Calibration:
             "scores": {
                 name: [[round(score[0], 6) for score in part] for part in parts] for name, parts in self._scores.items()
             },
-            "level": dict(self._level),
+            "level": {name: list(levels) for name, levels in self._level.items()},
             "recent": {name: [int(held) for held in recent] for name, recent in self._recent.items()},
             "scored": self.scored,
         }
@@ -160,9 +164,10 @@ class Calibration:
                     kept.clear()
                     kept.extend([_bounded(float(score))] for score in part)
                 low, high = _LEVELS[name]
-                found._level[name] = min(high, max(low, float(plain["level"][name])))
+                found._level[name] = [min(high, max(low, float(level))) for level in plain["level"][name]]
+                if len(found._level[name]) != STRATA:
+                    raise ValueError(f"{len(found._level[name])} levels instead of {STRATA}")
                 found._recent[name].extend(bool(held) for held in plain["recent"][name])
-                found._stale[name] = True
             found.scored = int(plain["scored"])
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"the saved calibration is not one of this build: {error!r}; delete the file") from None

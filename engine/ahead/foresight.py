@@ -301,7 +301,7 @@ class Foresight:
             if owed.due.pop(what, None) is not None:
                 self.calibration.came(what, owed.stratum, owed.raw_us[what], real_us)
             elif (score := owed.broken.pop(what, None)) is not None:
-                self.calibration.corrected(what, score, owed.raw_us[what], real_us)
+                self.calibration.corrected(what, owed.stratum, score, owed.raw_us[what], real_us)
 
 
 def _supposed(state: State, spec: TaskSpec, estimate: Estimate | None) -> Task:
