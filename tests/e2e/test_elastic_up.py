@@ -96,7 +96,7 @@ def test_nodes_come_with_the_work_and_go_without_it_and_the_scheduler_may_fall_m
         wait_until(lambda: len(_agents(up)) == 1, "the others leave when there is nothing to do", 120)
         children = psutil.Process(up.pid).children(recursive=True)
     finally:
-        up.send_signal(signal.SIGINT)
+        up.send_signal(signal.SIGTERM)
         up.wait(60)
         assert up.stdout is not None
         up.stdout.close()
