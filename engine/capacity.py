@@ -70,7 +70,7 @@ class CapacityChecked:
 class Fleet:
     """The part of the state that tells how many nodes there may be, how many GPUs were in use, and what is expected."""
 
-    __slots__ = ("config", "forecast", "forecast_at", "changed_at", "peaks")
+    __slots__ = ("changed_at", "config", "forecast", "forecast_at", "peaks")
 
     def __init__(self) -> None:
         self.config: FleetConfigured | None = None
