@@ -257,7 +257,9 @@ def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[int], None] = 
     gc.collect()
     gc.freeze()
     gc.enable()
-    gc.set_threshold(200_000, 50, 1_000)  # what lives is not garbage: walk it seldom (benchmarks/engine.py does the same)
+    gc.set_threshold(
+        200_000, 50, 1_000
+    )  # what lives is not garbage: walk it seldom (benchmarks/engine.py does the same)
     try:
         scheduler.start()
         asyncio.run(_serve(scheduler, on_ready))
