@@ -49,8 +49,6 @@ class Profile:
     warm_reuse: bool = True
     spread_slots: bool = True
     """Prefer the warm Pod with the fewest tasks in it; else the one with the most."""
-    weigh_company: bool = False
-    """Start another Pod where there is room and its load is less than what a task's company in a busy Pod would cost."""
     predicted_memory: bool = False
     """Give shared GPUs by the predicted P99 of memory where an estimate has one."""
     warm_first_us: Micros = 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
 
-from engine.entities import Node, Pod, Task
+from engine.entities import Pod, Task
 from engine.kinds import Kind, RoomLine, WarmLine
 from engine.levels.backfill import place_in_order
 from engine.levels.choice import bind_warm, choose_node, room_version
 from engine.levels.creation import create_pod
 from engine.levels.gangs import place_gang
-from engine.levels.joining import node_instead
 from engine.levels.models import look_back, may_leave, next_for_room, stands_back
 from engine.levels.room import claim, make_room
 from engine.levels.sharing import choose_pod, wants_another
@@ -147,12 +146,9 @@ def _place_warm(turn: Turn, line: WarmLine, rank: Rank, task: Task) -> bool:
             return True
         if not (turn.cold_known and turn.cold is None) and _yield_to_cold(turn, rank, task, pod):
             return True
-    node = node_instead(turn, rank, task, pod)
-    if node is not None and _create_on(turn, task, task.lines[-1], node):
-        return True
     pod, cost_us = choose_pod(turn, line, task, pod)
     room: RoomLine = task.lines[-1]
-    if wants_another(turn, room, cost_us) and (_place_new(turn, room, task) or claim_room(turn, task, room)):
+    if wants_another(turn, rank, task, cost_us) and (_place_new(turn, room, task) or claim_room(turn, task, room)):
         return True
     bind_warm(turn, task, pod)
     return True
@@ -164,16 +160,10 @@ def _place_new(turn: Turn, line: RoomLine, task: Task) -> bool:
     if line.members > 1:
         return place_gang(turn, line, task, shape)
     node = choose_node(turn, line, task, shape)
-    if node is None:
+    grants = line.fit.grants(node) if node is not None else None
+    if node is None or grants is None:
         return False
-    return _create_on(turn, task, line, node)
-
-
-def _create_on(turn: Turn, task: Task, line: RoomLine, node: Node) -> bool:
-    grants = line.fit.grants(node)
-    if grants is None:
-        return False
-    create_pod(turn, task, node, grants, task.shape.demand)
+    create_pod(turn, task, node, grants, shape.demand)
     return True
 
 

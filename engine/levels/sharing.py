@@ -8,8 +8,9 @@ themselves for the models that wait.
 
 from __future__ import annotations
 
-from engine.entities import Pod, Task
+from engine.entities import Node, Pod, Task
 from engine.kinds import RoomLine, WarmLine
+from engine.lines import Rank
 from engine.tasks import Micros, PodState
 from engine.turn import Turn
 
@@ -70,11 +71,31 @@ def cost_of(turn: Turn, task: Task, pod: Pod) -> Micros:
     return cost
 
 
-def wants_another(turn: Turn, line: RoomLine, cost_us: Micros) -> bool:
-    """Tell whether one more Pod of a task's model costs less than sharing: a load where room is free, else several loads."""
+def wants_another(turn: Turn, rank: Rank, task: Task, cost_us: Micros) -> bool:
+    """Tell whether one more Pod of a task's model costs less than sharing: a load where room is free, else several loads.
+
+    Free room is left to those who rank before the task and wait for it.
+    """
     if not cost_us:
         return False
-    if line.fit.best() is not None:
-        return cost_us > turn.profile.reload_us
+    node = task.lines[-1].fit.best()
+    if node is not None:
+        return cost_us > load_us(turn, node) and not _is_passed_over(turn, rank, task)
     first = turn.backlog.idle_pods.first()
     return first is not None and cost_us > turn.profile.widen_loads * turn.backlog.idle_pods.load_us(first)
+
+
+def load_us(turn: Turn, node: Node) -> Micros:
+    """Return what a load takes on a node, as learned there; what the profile takes for usual where nothing was."""
+    learned = [gpu.load_us for gpu in node.gpus if gpu.load_us]
+    return min(learned) if learned else turn.profile.reload_us
+
+
+def _is_passed_over(turn: Turn, rank: Rank, task: Task) -> bool:
+    """Tell whether somebody who ranks before the task looks for room, too."""
+    for line in turn.backlog.active:
+        if line.live:
+            head = line.head()
+            if head is not None and head[1] is not task and head[0] < rank:
+                return True
+    return False

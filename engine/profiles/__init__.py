@@ -42,7 +42,6 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
     "binding": {
         "warm_reuse": ("warm_reuse", "bool"),
         "spread_slots": ("spread_slots", "bool"),
-        "weigh_company": ("weigh_company", "bool"),
         "predicted_memory": ("predicted_memory", "bool"),
         "warm_first_s": ("warm_first_us", "seconds"),
         "reclaim_idle": ("reclaim_idle", "bool"),
