@@ -9,15 +9,15 @@ import os
 from setuptools import setup
 
 COMPILED = """
-engine/asked.py engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py engine/fold_events.py
-engine/fold_tasks.py engine/idle.py engine/kinds.py engine/lines.py engine/making.py engine/ports.py engine/scheduler.py
-engine/state.py engine/timers.py engine/turn.py
-engine/lifecycle.py engine/states.py
+engine/asked.py engine/backlog.py engine/cluster.py engine/entities.py engine/fit.py engine/fold_commands.py
+engine/fold_events.py engine/fold_tasks.py engine/idle.py engine/kinds.py engine/lifecycle.py engine/lines.py
+engine/making.py engine/ports.py engine/scheduler.py engine/state.py engine/states.py engine/timers.py engine/turn.py
 engine/levels/admission.py engine/levels/binding.py engine/levels/choice.py engine/levels/creation.py
-engine/levels/elasticity.py engine/levels/models.py engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py
-engine/levels/sharing.py engine/levels/victims.py engine/levels/waiting.py
-sim/attempts.py sim/caches.py sim/draws.py sim/due.py sim/gpu_ledger.py sim/maker.py sim/metrics.py sim/parts.py sim/pump.py sim/shares.py
-sim/sketches.py sim/world.py
+engine/levels/elasticity.py engine/levels/fleet.py engine/levels/models.py engine/levels/near.py
+engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py engine/levels/sharing.py
+engine/levels/urgent_slots.py engine/levels/victims.py engine/levels/waiting.py
+sim/attempts.py sim/caches.py sim/draws.py sim/due.py sim/gpu_ledger.py sim/maker.py sim/metrics.py sim/parts.py
+sim/pump.py sim/shares.py sim/sketches.py sim/world.py
 sim/jobs/core.py sim/jobs/line.py sim/jobs/nodes.py sim/jobs/processors.py sim/jobs/promise.py
 """.split()  # noqa: SIM905 - a list of files reads better as text
 

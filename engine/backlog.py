@@ -64,6 +64,8 @@ class Backlog:
         """What was idle, free and waiting when idle Pods could make room for nobody."""
         self.urgent = 0
         """Urgent tasks in lines."""
+        self.beside = 0
+        """Those of them that may go beside others in a full Pod."""
         self.may_be_aged = False
         """Whether the aged have turns of their own, and any has entered a line since the last rebuild."""
         self.by_model: dict[tuple[str, str], dict[int, Pod]] = {}
@@ -96,7 +98,7 @@ class Backlog:
         self.asked.clear()
         self.room_lines.clear()
         self.bound.clear()
-        self.urgent = 0
+        self.urgent = self.beside = 0
         if self.waiting is not None:
             self.waiting.clear()
         self.active.clear()
@@ -185,6 +187,8 @@ class Backlog:
             self.may_be_aged = self._aged_every > 0
         if task.urgent:
             self.urgent += 1
+            if task.spec.urgent_slots:
+                self.beside += 1
             if self.profile.preempt:
                 patient_until = task.pending_since + self.profile.preempt_patience_us
                 self.task_due(task, patient_until + -patient_until % self.state.limits.look_us)
@@ -201,7 +205,10 @@ class Backlog:
         task.line_ticket = 0
         if self.waiting is not None:
             self.waiting.drop(task)
-        self.urgent -= task.urgent
+        if task.urgent:
+            self.urgent -= 1
+            if task.spec.urgent_slots:
+                self.beside -= 1
         for line in task.lines:
             line.live -= 1
             if isinstance(line, WarmLine):

@@ -285,6 +285,7 @@ class Task:
         "lines",
         "live",
         "memory_floor",
+        "misjudged",
         "ordered_at",
         "pending_since",
         "pods",
@@ -368,6 +369,8 @@ class Task:
         """Thousandths of GPUs that its Pods hold."""
         self.shape: Any = None
         """What it asks for, as the waiting lines see it."""
+        self.misjudged = False
+        """Whether its estimate lacks the entry that serves every GPU model."""
         self.line_ticket = 0
         """What its entries in waiting lines carry while it waits; 0: it does not wait."""
         self.lines: Any = ()
@@ -382,7 +385,8 @@ class Task:
         """Take over an estimate; without one, what was declared holds, else one second."""
         self.estimate = estimate
         self.shape = None
-        if estimate is not None and estimate.serves_every_model:
+        self.misjudged = estimate is not None and not estimate.serves_every_model
+        if estimate is not None and not self.misjudged:
             self.predicted_us = max(1, estimate.duration().mean)
         else:
             self.predicted_us = max(1, self.spec.declared_us or 1_000_000)

@@ -30,7 +30,7 @@ def _refusal(turn: Turn, task: Task) -> tuple[Reason, str] | None:
     wrong = shape.wrong or invalid(spec, turn.limits.gang_members)
     if wrong:
         return Reason.INVALID, wrong
-    if task.estimate is not None and not task.estimate.serves_every_model:
+    if task.misjudged:
         return Reason.INVALID, 'estimate.durations: the entry "*" is missing; every estimate carries one'
     if task.deadline is not None and task.deadline <= turn.now:
         return (

@@ -16,7 +16,7 @@ from engine.turn import Turn
 def let_urgent_in(turn: Turn) -> None:
     """Start urgent tasks that found neither a slot nor room, beside the others in a full Pod of their kind."""
     backlog = turn.backlog
-    if not backlog.urgent or backlog.waiting is not None:
+    if not backlog.beside or backlog.waiting is not None:
         return
     for kind in sorted(backlog.kinds_waiting, key=_key):
         for line in list(kind.lines.values()):
