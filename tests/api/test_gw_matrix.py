@@ -9,7 +9,7 @@ import pytest
 from fastapi.routing import APIRoute
 from PIL import Image
 
-from api.gateway import files, image_edits, images, jobs, models, operators
+from api.gateway import files, image_edits, images, jobs, models, operators, quotes
 from api.gateway.fake import GatewayFake
 from api.ports import ModelView
 
@@ -30,6 +30,7 @@ OPERATORS = {
 }
 BODIES = {
     "/v1/jobs": {"method": "sleep", "parameters": {}},
+    "/v1/quotes": {"method": "sleep", "parameters": {}},
     "/v1/jobs/{req_no}/compensations": {"action": "release_quota"},
     "/v1/images/generations": {"prompt": "x", "timeout_s": 0.02},
     "/v1/models/{model_id}/deploy": {"pods": 1},
@@ -146,7 +147,7 @@ def test_lists_and_streams_hold_only_the_callers_own(world: World) -> None:
 
 
 def test_the_document_lists_every_route_there_is(world: World) -> None:
-    modules = (jobs, images, image_edits, files, models, operators)
+    modules = (jobs, quotes, images, image_edits, files, models, operators)
     routers = [module.router for module in modules] + [operators.probes]
     served = {
         (method, route.path.replace(":path}", "}"))
