@@ -139,7 +139,7 @@ class DiskTier:
     # --- fetching ---------------------------------------------------------------------------------------------------------
 
     def _fetched(self, key: str, model_id: str, files: Mapping[str, str], *, hold: bool, ahead: bool) -> bool:
-        """Fetch and hold; False when somebody removed the model in between.
+        """Fetch and hold; False when somebody brought or removed the model in between.
 
         A lock that may be shared is enough for what is here: others that use the model keep theirs for as long as they live.
         Only who fetches has the lock alone, and those who want the same model wait for that.
@@ -148,12 +148,13 @@ class DiskTier:
         held = False
         try:
             self._holds.share(lock)
-            if not self._is_here(key):
-                self._holds.alone(key, lock)
+            if not self._is_here(key) and not self._holds.alone(key, lock, lambda: self._is_here(key)):
+                return False
             if not self._holds.is_current(key, lock):
                 return False
             if not self._use(key, model_id) or (hold and not self._is_true(key, files)):
-                self._holds.alone(key, lock)
+                if not self._holds.alone(key, lock, lambda: self._is_here(key) and self._is_true(key, files)):
+                    return False
                 if not self._holds.is_current(key, lock):
                     return False
                 if not self._is_here(key) or not self._is_true(key, files):

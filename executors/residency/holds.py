@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -93,18 +94,21 @@ class Holds:
         """Wait until nobody has a lock alone, and share it."""
         fcntl.flock(lock, fcntl.LOCK_SH)
 
-    def alone(self, key: str, lock: IO[bytes]) -> None:
-        """Wait for a lock alone: for whoever fetches as long as it takes, for a damaged model that others use not for ever."""
+    def alone(self, key: str, lock: IO[bytes], arrived: Callable[[], bool]) -> bool:
+        """Wait for a lock alone; False when the model arrived first, which those who use it may keep for ever.
+
+        Whoever fetches is waited for as long as it takes, users of a damaged model are not.
+        """
         deadline = time.monotonic() + DAMAGED_WAIT_S
-        while (self._root / key).is_dir():
-            if _try(lock):
-                return
-            if time.monotonic() > deadline:
+        while not _try(lock):
+            if arrived():
+                return False
+            if (self._root / key).is_dir() and time.monotonic() > deadline:
                 raise NoRoom(
                     f"the model in {self._root}/{key} is damaged and in use by another Pod; another node may have it"
                 )
             time.sleep(0.02)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        return True
 
     def is_current(self, key: str, lock: IO[bytes]) -> bool:
         """Tell whether a lock is still the model's own: it may have been removed with it while it was waited for."""

@@ -65,6 +65,11 @@ def test_the_fast_writer_and_the_codec_agree() -> None:
 SAMPLES = {
     "str": "é",
     "int": 3,
+    "FleetConfigured.gpus": 8,
+    "Micros": 4,
+    "tuple[Micros, ...]": (1, 2),
+    "tuple[int, ...]": (500, 900),
+    "tuple[tuple[Micros, ...], ...]": ((1, 2), (3, 4)),
     "cause": FailureCause.CRASHED,
     "demand": Demand(gpus=3),
     "estimate": Estimate((("*", Quantiles(1, 2, 3, 4)),), 5, 6),
@@ -80,7 +85,11 @@ def needed(f: Field[object]) -> bool:
 def test_every_event_and_command_survives_the_fast_writer(kind: type) -> None:
     known = {type(item).__name__: item for item in (*EVENTS, *COMMANDS)}
     item = known.get(kind.__name__) or kind(
-        **{f.name: SAMPLES.get(f.name) or SAMPLES[str(f.type)] for f in fields(kind) if needed(f)}
+        **{
+            f.name: SAMPLES[next(n for n in (f"{kind.__name__}.{f.name}", f.name, str(f.type)) if n in SAMPLES)]
+            for f in fields(kind)
+            if needed(f)
+        }
     )
     events, commands = ((item,), ()) if kind in get_args(Event) else ((), (item,))
     fast, record = encode_step(1, 1, events, commands), Record(1, 1, events, commands)
