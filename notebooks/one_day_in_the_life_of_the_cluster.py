@@ -88,7 +88,7 @@ urgent, ordinary = summary.waiting["priority urgent"], summary.waiting["priority
 assert result.world["node_failures"] == 1
 assert summary.counts["nodes_lost"] == 1, "the scheduler should have noticed"
 assert summary.ends["open"] == 0, "nothing may be lost, whatever breaks"
-assert max(summary.series["gpus"].values) < 16.001
+assert max(summary.series["gpus"].values) <= 16
 assert min(summary.series["gpus"].values[1:-1]) < 16, "the failure should show"
 assert urgent.p99 < max(1.0, ordinary.p99), "urgent tasks should wait less than ordinary ones"
 print(f"Bursts fill the queue, a node's death costs GPUs for an hour and no task; urgent p99 is {urgent.p99:.0f} s.")

@@ -170,7 +170,7 @@ class Bins:
         if means:
             passed = self._since - (len(means) - 1) * self.width_us
             if 0 < passed < self.width_us:
-                means[-1] *= self.width_us / passed
+                means[-1] = self._sums[-1] / passed
         return means
 
     def sums(self) -> list[float]:
