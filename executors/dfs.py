@@ -169,12 +169,12 @@ class ObjectFileStore:
         staged = f"staging/{secrets.token_hex(16)}"
         try:
             obstore.put(self._objects, staged, content)
-            _sync(self._root / staged)
+            synced(self._root / staged)
             (self._root / path).parent.mkdir(parents=True, exist_ok=True)
             if media_type != DEFAULT_MEDIA_TYPE:
                 obstore.put(self._objects, f"{path}.type", media_type.encode())
             (self._root / staged).replace(self._root / path)
-            _sync((self._root / path).parent)
+            synced((self._root / path).parent)
         finally:
             (self._root / staged).unlink(missing_ok=True)
 
@@ -278,7 +278,8 @@ def _verified(chunks: Iterator[bytes], file_id: str, source: Path | None = None)
         yield held
 
 
-def _sync(path: Path) -> None:
+def synced(path: Path) -> None:
+    """Return when what was written to a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

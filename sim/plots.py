@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sim.simulate import SimulationResult
 
 _COLOURS = ("#3066be", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#444b59")
-_STYLE = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "aigc",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -43,7 +43,7 @@ class Plot:
 
 def all_plots(results: Sequence[SimulationResult]) -> list[Plot]:
     """Return every plot that the results have data for."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [
             Plot(
                 "How long tasks wait",

@@ -15,18 +15,8 @@ from matplotlib.figure import Figure
 
 from predictors.figures import DRIFT_FACTOR, SLACKS, Fan, Figures, Group
 from predictors.report import ReportCard
-from sim.plots import Plot
+from sim.plots import STYLE, Plot
 
-_STYLE = {
-    "svg.hashsalt": "aigc",
-    "svg.fonttype": "none",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "axes.axisbelow": True,
-}
 _BLUE, _RED, _GREY = "#3066be", "#d1495b", "#9aa3ae"
 
 
@@ -44,7 +34,7 @@ def write_html(card: ReportCard, figures: Figures, path: Path) -> None:
 
 def pictures(card: ReportCard, figures: Figures) -> list[Plot]:
     """Return every picture that there are figures for."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         plots = [
             Plot(
                 "Do the quantiles hold?",

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from api.cli.options import Json
-from api.cli.output import Exit, err, fail, out, print_json, progress_bar
+from api.cli.output import Exit, fail, progress_bar
+from api.cli.study_output import load_times_of, tell
 
 app = typer.Typer(no_args_is_help=True, help="Answer a question with many simulations.")
 
@@ -58,19 +59,12 @@ def gentd26(
 
     Example: `aigc study gentd26 --trace lora_request_trace.csv --from 2024-11-25 --store runs.jsonl --html study.html`
     """
-    import json
-
     from engine import profiles as known
-    from sim import measured_loads, sweep_table
     from sim.study import report
     from sim.study.gentd26 import run_study
     from sim.study.plan import StudyPlan
 
-    if not trace.is_file():
-        fail(f"--trace: {trace} does not exist; give the path of lora_request_trace.csv", Exit.UNREACHABLE)
-    folder = load_times or (trace.parent if measured_loads.present(trace.parent) else None)
-    if folder is None:
-        err.print("no monitoring files beside the trace: load times are worked out from bytes and bandwidths")
+    folder = load_times_of(trace, load_times)
     try:
         plan = StudyPlan(
             trace=trace,
@@ -93,23 +87,10 @@ def gentd26(
         )
         with progress_bar("studying") as update:
             study = run_study(plan, store, jobs, update)
-        values = report.json_values(study) if as_json or output else {}
-        if output is not None:
-            sweep_table.write(output, json.dumps(values, indent=2) + "\n")
-            err.print(f"result written to {output}", soft_wrap=True)
-        if html is not None:
-            report.write_html(study, html)
-            err.print(f"report written to {html}", soft_wrap=True)
+        missing = [f"tie rules: {study.ties_missing}"] if study.ties_missing else []
+        tell(study, report, html=html, output=output, as_json=as_json, remarks=missing)
     except ValueError as error:
         fail(str(error), Exit.USAGE)
-    if as_json:
-        print_json(values)
-        return
-    for table in report.render(study):
-        out.print(table)
-    if study.ties_missing:
-        out.print(f"tie rules: {study.ties_missing}", markup=False, soft_wrap=True)
-    out.print(report.answer(study), markup=False, soft_wrap=True)
 
 
 def _list(text: str) -> tuple[str, ...]:

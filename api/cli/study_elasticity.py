@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from api.cli.options import Json
-from api.cli.output import Exit, err, fail, out, print_json, progress_bar
+from api.cli.output import Exit, fail, progress_bar
+from api.cli.study_output import load_times_of, tell
 
 
 def elasticity(
@@ -44,15 +45,10 @@ def elasticity(
 
     Example: `aigc study elasticity --trace lora_request_trace.csv --from 2024-11-20 --hours 6 --html elasticity.html`
     """
-    import json
-
-    from sim import measured_loads, sweep_table
     from sim.study import elasticity_report as report
     from sim.study.elasticity import DIALS, ElasticityPlan, run_elasticity
 
-    if not trace.is_file():
-        fail(f"--trace: {trace} does not exist; give the path of lora_request_trace.csv", Exit.UNREACHABLE)
-    folder = load_times or (trace.parent if measured_loads.present(trace.parent) else None)
+    folder = load_times_of(trace, load_times)
     try:
         plan = ElasticityPlan(
             trace=trace,
@@ -74,21 +70,9 @@ def elasticity(
         )
         with progress_bar("studying") as update:
             study = run_elasticity(plan, jobs, update)
-        values = report.json_values(study) if as_json or output else {}
-        if output is not None:
-            sweep_table.write(output, json.dumps(values, indent=2) + "\n")
-            err.print(f"result written to {output}", soft_wrap=True)
-        if html is not None:
-            report.write_html(study, html)
-            err.print(f"report written to {html}", soft_wrap=True)
+        tell(study, report, html=html, output=output, as_json=as_json)
     except ValueError as error:
         fail(str(error), Exit.USAGE)
-    if as_json:
-        print_json(values)
-        return
-    for table in report.render(study):
-        out.print(table)
-    out.print(report.answer(study), markup=False, soft_wrap=True)
 
 
 def _ways(text: str) -> dict[str, tuple[float, ...]]:

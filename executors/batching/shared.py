@@ -71,34 +71,19 @@ class SharedBatch:
         *,
         preview: Callable[[Any], None] = _unseen,
         share: StepShare | None = None,
+        served: bool = True,
     ) -> dict[int, Any]:
         """Make the pictures of a job, by place, and wait for them; returns them together with those `made` before.
+
+        Where no other thread serves, say so: then the one that calls does.
 
         Raises Stopped, or the error of the first picture that failed (the others of the job are dropped then). The callables
         are called by the serving thread; `preview` gets small PIL pictures where the requests ask for them. `share` is filled in.
         """
         job = self._entered(pictures, made, progress, should_stop, preview, share or StepShare())
-        job.over.wait()
-        return self._outcome(job)
-
-    def make_here(
-        self,
-        pictures: Mapping[int, PictureRequest | KeptPicture],
-        made: Mapping[int, Any],
-        progress: Progress,
-        should_stop: Callable[[], bool],
-        *,
-        preview: Callable[[Any], None] = _unseen,
-        share: StepShare | None = None,
-    ) -> dict[int, Any]:
-        """Do what `make` does in the thread that calls, where no other one serves."""
-        job = self._entered(pictures, made, progress, should_stop, preview, share or StepShare())
-        while not job.over.is_set():
+        while not served and not job.over.is_set():
             self._turn()
-        return self._outcome(job)
-
-    @staticmethod
-    def _outcome(job: _Job) -> dict[int, Any]:
+        job.over.wait()
         if job.error is not None:
             raise job.error
         return job.made

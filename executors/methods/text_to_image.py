@@ -153,11 +153,18 @@ class TextToImage:
             except ValueError as error:
                 print(f"{error}; starting from the beginning", file=sys.stderr, flush=True)
         share = StepShare()
-        make = shared.make if self._served else shared.make_here
         with self._shelf.holding(context.adapters) as adapters:
             todo = {place: _in_company(each, adapters, context.priority) for place, each in todo.items()}
             try:
-                made = make(todo, before, context.progress, context.should_stop, preview=context.preview, share=share)
+                made = shared.make(
+                    todo,
+                    before,
+                    context.progress,
+                    context.should_stop,
+                    preview=context.preview,
+                    share=share,
+                    served=self._served,
+                )
             except Stopped as stopped:
                 raise Cancelled(_kept(job.seed, stopped, context.output_dir)) from None
         if context.should_stop():

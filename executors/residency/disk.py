@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from executors.dfs import CorruptFile, ObjectFileStore, open_store
+from executors.dfs import CorruptFile, ObjectFileStore, open_store, synced
 from executors.methods.base import ModelMissing
 from executors.residency import records
 from executors.residency.holds import Holds, NoRoom
@@ -260,10 +260,10 @@ class DiskTier:
                 path = self._open_store().fetch(file_id, partial / name)
                 if path.suffix.lower() == ".safetensors":
                     check_finite(inspect(path))
-                _sync(path)
-            _sync(partial)
+                synced(path)
+            synced(partial)
             partial.rename(self.root / key)
-            _sync(self.root)
+            synced(self.root)
         except FileNotFoundError as error:
             raise ModelMissing(
                 f"model.adapter: a file is not in the file store ({error}); train or upload the model again"
@@ -358,11 +358,3 @@ def key_of(files: Mapping[str, str]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

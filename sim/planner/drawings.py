@@ -15,21 +15,11 @@ from sim.planner.objectives import shown
 from sim.planner.report import label
 from sim.planner.results import Plan
 from sim.planner.trials import Trial
+from sim.plots import STYLE
 
 _BLUE, _RED, _GREEN, _GREY = "#3066be", "#d1495b", "#2e8b57", "#8a93a0"
 _ROOM = 0.05
 """Share of the picture's width that a label takes."""
-_STYLE = {
-    "svg.hashsalt": "aigc plan",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "axes.axisbelow": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +35,7 @@ def all_drawings(plan: Plan) -> list[Drawing]:
     """Return every picture that the plan has data for."""
     name = plan.objective.name
     found = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if any(math.isfinite(plan.value(trial)) for trial in plan.curve):
             note = (
                 "Every cluster that was simulated, with its interval; the line joins those that no other beats in both. "

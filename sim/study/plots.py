@@ -9,6 +9,7 @@ import re
 import matplotlib
 from matplotlib.figure import Figure
 
+from sim.plots import STYLE
 from sim.study.gentd26 import Study
 from sim.study.plan import OURS
 from sim.study.sizes import FREE
@@ -25,16 +26,6 @@ _COLOURS = (
     "#7cb342",
     "#f57c00",
 )
-_STYLE = {
-    "svg.hashsalt": "aigc",
-    "svg.fonttype": "none",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "axes.axisbelow": True,
-}
 _CURVES = (
     "p50 completion, s",
     "p99 completion, s",
@@ -47,7 +38,7 @@ _CURVES = (
 
 def all_plots(study: Study) -> list[tuple[str, str]]:
     """Return (heading, SVG) of every plot."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [("Against load", _curves(study)), ("GPUs for equal p99 completion", _sizes(study))]
 
 

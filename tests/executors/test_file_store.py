@@ -215,7 +215,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dfs, "_sync", full)
+    monkeypatch.setattr(dfs, "synced", full)
     with pytest.raises(OSError, match="No space"):
         store.put_bytes(b"too much")
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,23 @@ class CountedStore:
             return original(store, file_id, to)
 
         monkeypatch.setattr(dfs.ObjectFileStore, "fetch", fetch)
+
+
+@contextmanager
+def held_elsewhere(tier: DiskTier, store: ObjectFileStore, files: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a model until its standard input ends."""
+    program = (
+        "import sys, json; from pathlib import Path\n"
+        "from executors.residency.disk import DiskTier\n"
+        "root, url, files = json.loads(sys.argv[1])\n"
+        "DiskTier(Path(root), url, 3000).fetch('a', files)\n"
+        "print('held', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps([str(tier.root), store.url, files])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        yield other
 
 
 def test_many_threads_that_want_one_model_make_one_fetch(
@@ -286,17 +305,7 @@ def test_a_damaged_model_that_another_pod_uses_is_refused_not_waited_for(
 ) -> None:
     monkeypatch.setattr(holds, "DAMAGED_WAIT_S", 0.0)
     files = put(store, "a")
-    program = (
-        "import sys, json; from pathlib import Path\n"
-        "from executors.residency.disk import DiskTier\n"
-        "root, url, files = json.loads(sys.argv[1])\n"
-        "DiskTier(Path(root), url, 3000).fetch('a', files)\n"
-        "print('held', flush=True); sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", program, json.dumps([str(tier.root), store.url, files])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    with held_elsewhere(tier, store, files) as other:
         path = tier.root / key_of(files) / "adapter.safetensors"
         path.write_bytes(weights("a")[:-1] + b"x")
         with pytest.raises(NoRoom, match="damaged and in use"):
@@ -439,17 +448,7 @@ def test_several_processes_hold_one_model_and_a_hold_ends_with_its_process(
     tier: DiskTier, store: ObjectFileStore
 ) -> None:
     files = put(store, "a")
-    program = (
-        "import sys, json; from pathlib import Path\n"
-        "from executors.residency.disk import DiskTier\n"
-        "root, url, files = json.loads(sys.argv[1])\n"
-        "DiskTier(Path(root), url, 3000).fetch('a', files)\n"
-        "print('held', flush=True); sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", program, json.dumps([str(tier.root), store.url, files])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    with held_elsewhere(tier, store, files) as other:
         assert tier.fetch("a", files).is_dir()
         tier.release(files)
         assert tier.drop("a") == 0
