@@ -56,13 +56,16 @@ def _fuller(pod: Pod, other: Pod) -> bool:
 
 
 def cost_of(turn: Turn, task: Task, pod: Pod) -> Micros:
-    """Return what joining a Pod costs: the wait until it has started, and how much longer everybody in it runs."""
+    """Return what joining a Pod costs: the wait until it has started, and how much longer everybody in it runs.
+
+    The newcomer and each other slow each other down for as long as both run.
+    """
     tasks, now = turn.state.tasks, turn.now
-    slowed = task.predicted_us * len(pod.tasks)
+    slowed = 0
     for req_no in pod.tasks:
         other = tasks[req_no]
         ran = now - other.started_at if other.started_at else 0
-        slowed += max(other.predicted_us - ran, other.predicted_us // 8)
+        slowed += 2 * min(task.predicted_us, max(other.predicted_us - ran, other.predicted_us // 8))
     estimate = task.estimate
     permille = estimate.marginal_permille if estimate is not None else 0
     cost = slowed * (permille or turn.profile.slot_slowdown_permille) // 1000
