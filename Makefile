@@ -7,7 +7,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check format fast fastest fasttest bench lock clean
+.PHONY: help setup demo test check format fast fasttest bench lock clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -44,16 +44,7 @@ fast: $(STAMP) ## Build the hot modules natively (mypyc, needs a C compiler) int
 	mkdir -p build/fast
 	cp -r engine predictors executors sim api benchmarks setup.py mypyc.ini pyproject.toml README.md LICENSE build/fast/
 	if [ -d ../shared ]; then ln -sfn ../../shared build/shared; fi
-	cd build/fast && AIGC_COMPILE=1 CFLAGS="$(CFLAGS)" ../../$(BIN)/python setup.py -q build_ext --inplace
-
-# What runs often is laid out anew by what two short simulations did (GCC only); about twice as long to build as `fast`.
-TRAIN = -m api.cli simulate --tasks 6000 --rate-scale 400 --nodes 20 --gpus-per-node 8 --forecaster declared --json
-fastest: $(STAMP) ## The same, optimised by a profile of two simulations
-	$(MAKE) --no-print-directory fast CFLAGS="-w -fprofile-generate=$(CURDIR)/build/profile"
-	rm -rf build/profile
-	cd build/fast && for profile in aigc kube-default; do ../../$(BIN)/python $(TRAIN) --profile $$profile > /dev/null; done
-	cd build/fast && find . -name '*.so' -delete && rm -rf build
-	cd build/fast && AIGC_COMPILE=1 CFLAGS="-w -fprofile-use=$(CURDIR)/build/profile -fprofile-correction" ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/fast && AIGC_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
 
 fasttest: fast ## The engine's and the simulator's tests against the native build
 	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -m pytest -q -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. ../../tests/engine ../../tests/sim/test_simulate.py ../../tests/sim/test_jobs_core.py
@@ -66,6 +57,7 @@ bench: $(STAMP) ## Every benchmark, tables to the terminal
 	$(BIN)/python -m benchmarks.jobs
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.executors
+	$(BIN)/python -m benchmarks.ahead
 
 lock: $(STAMP) ## Write requirements.lock from what is installed
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^torch( @|==).*/torch==2.13.0/'; } > requirements.lock.new
