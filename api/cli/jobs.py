@@ -12,7 +12,7 @@ from api.cli.client import GatewayClient
 from api.cli.options import DEFAULT_STATE, Json, Key, State, Url
 from api.cli.output import Exit, err, fail, out, print_facts, print_json, print_rows
 
-app = typer.Typer(no_args_is_help=True, help="Jobs: list, show, why, cancel, watch.")
+app = typer.Typer(no_args_is_help=True, help="Jobs: list, show, why, quote, cancel, watch.")
 
 COLUMNS = (
     "req_no",
