@@ -6,6 +6,8 @@ Each `run_*` serves until SIGTERM or SIGINT and returns when everything it start
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from api.state_dir import StateDir, write_private
 
 if TYPE_CHECKING:
     from api.gateway import GatewayConfig
+    from engine.resources import GpuSpec
     from executors.dfs import ObjectFileStore
 
 INTERNAL_TOKEN = "internal"  # noqa: S105 - the name of a file, not a secret
@@ -84,40 +87,36 @@ def _jwt(section: GatewaySection):  # type: ignore[no-untyped-def]
     )
 
 
-def run_gateway(settings: Settings) -> None:
-    """Serve the REST API."""
-    import uvicorn
+def run_gateway(settings: Settings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve the REST API; `on_ready` is told the URL once it answers there. Raises OSError when it cannot listen."""
 
     from api.gateway import create_app
     from api.monitoring.logs import FileTail, LogRing, configure_logging
     from api.mq.sqlite import SqliteQueue
+    from api.serving import listen, serve
     from api.support.client import SupportClient
 
     state = StateDir(settings.state_dir)
     state.create()
     ring = LogRing()
     configure_logging("gw", level=settings.log_level, ring=ring)
-    scheduler = settings.scheduler
-    support = SupportClient(f"http://{scheduler.internal_host}:{scheduler.internal_port}", state.secret(INTERNAL_TOKEN))
+    support = SupportClient(settings.internal_url(), state.secret(INTERNAL_TOKEN))
     queue = SqliteQueue(state.queue)
     keys = open_keys(settings)
     app = create_app(
         gateway_config(settings), support, queue, open_files(settings), keys, logs=ring, tail=FileTail(state.logs, ring)
     )
-    with socket.socket(socket.AF_INET6 if ":" in settings.gateway.host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.gateway.host, settings.gateway.port))
-        port = listener.getsockname()[1]
-        write_private(state.url, settings.gateway.public_url or f"http://{settings.gateway.host}:{port}")
-        try:
-            server = uvicorn.Server(
-                uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=5, server_header=False)
-            )
-            server.run(sockets=[listener])
-        finally:
-            state.url.unlink(missing_ok=True)
-            queue.close()
-            keys.close()
+    try:
+        with listen(settings.gateway.host, settings.gateway.port, "gateway.port") as listener:
+            url = settings.gateway.public_url or f"http://{settings.gateway.host}:{listener.getsockname()[1]}"
+            write_private(state.url, url)
+            try:
+                serve(app, listener, on_ready=None if on_ready is None else partial(on_ready, url))
+            finally:
+                state.url.unlink(missing_ok=True)
+    finally:
+        queue.close()
+        keys.close()
 
 
 def open_keys(settings: Settings):  # type: ignore[no-untyped-def]
@@ -169,8 +168,14 @@ def authorize_agent(settings: Settings, name: str, directory: Path) -> Path:
     return directory
 
 
-def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) -> None:
-    """Offer this machine's devices to the scheduler."""
+def run_agent(
+    settings: Settings,
+    keys: Path,
+    *,
+    die_with_parent: bool = False,
+    on_joined: Callable[[Sequence[GpuSpec]], None] | None = None,
+) -> None:
+    """Offer this machine's devices to the scheduler; `on_joined` is told them once the scheduler has taken the node in."""
     from api.monitoring.logs import configure_logging
     from executors import curve
     from executors.agent import AgentOptions
@@ -207,15 +212,19 @@ def run_agent(settings: Settings, keys: Path, *, die_with_parent: bool = False) 
         network_bps=resources.network_bps,
         die_with_parent=die_with_parent,
         models=host.stock,
+        on_joined=on_joined,
     )
     serve(options, plugin, host)
 
 
-def run_scheduler(settings: Settings) -> int:
-    """Run SS and the scheduler; returns 0 when told to end, 1 when storage or the world failed."""
+def run_scheduler(settings: Settings, *, on_ready: Callable[[str, str], None] | None = None) -> int:
+    """Run SS and the scheduler; returns 0 when told to end, 1 when storage or the world failed.
+
+    `on_ready` is told the agents' address and SS's internal URL once both answer.
+    """
     from api.monitoring.logs import configure_logging
     from api.sm.process import run_scheduler as serve
     from api.sm.process import scheduler_config
 
     configure_logging("sm", level=settings.log_level)
-    return serve(scheduler_config(settings))
+    return serve(scheduler_config(settings), on_ready=on_ready)

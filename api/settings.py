@@ -196,6 +196,10 @@ class Settings(BaseSettings):
         """Return the base URL customers use."""
         return self.gateway.public_url or f"http://{self.gateway.host}:{self.gateway.port}"
 
+    def internal_url(self) -> str:
+        """Return the base URL of SS's internal HTTP."""
+        return f"http://{self.scheduler.internal_host}:{self.scheduler.internal_port}"
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,8 @@ class AgentOptions:
     die_with_parent: bool = False
     models: ports.ModelStock | None = None
     """Takes the orders about models, and says which are here."""
+    on_joined: Callable[[Sequence[GpuSpec]], None] | None = None
+    """Told once, with the devices, when the scheduler has taken this node in."""
 
 
 @dataclass(slots=True)
@@ -168,6 +170,7 @@ class NodeAgent:
         poller.register(dealer, zmq.POLLIN)
         poller.register(self._wake_out, zmq.POLLIN)
         registered: set[int] = set()
+        joined = self._options.on_joined
         while machine.life is not Life.LEFT:
             registered = _register(poller, registered, self._host.filenos())
             wait_us = max(0, min(machine.next_timeout(), self._leave_by, self._spool.sync_at) - clock_us())
@@ -187,6 +190,9 @@ class NodeAgent:
                 self.machine.depart(now)
             self._carry_out(now)
             self._send(dealer, now)
+            if joined is not None and machine.life is Life.UP:
+                joined(machine.node.gpus)
+                joined = None
             if now >= self._spool.sync_at:
                 self._spool.sync()
         self._flush_spool(clock_us())

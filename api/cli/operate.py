@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -12,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from api.cli.options import Config, Json, StateDir
-from api.cli.output import Exit, err, fail, out, print_json, print_rows
+from api.cli.options import Config, Json, ReadyJson, StateDir
+from api.cli.output import Exit, announce, err, fail, out, print_json, print_rows
 from api.settings import AgentSection, FleetSection, Settings, load_settings
+from engine.resources import GpuSpec
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of customers and operators, CURVE keys of agents.")
 
@@ -110,22 +113,34 @@ def demo(
         print_json(report)
 
 
-def gateway(config: Config = None, state_dir: StateDir = None) -> None:
+def gateway(config: Config = None, state_dir: StateDir = None, as_json: ReadyJson = False) -> None:
     """Run the gateway (GW): REST API for customers and operators."""
     from api.parts import run_gateway
 
-    run_gateway(_settings(config, state_dir))
+    settings = _settings(config, state_dir)
+
+    def ready(url: str) -> None:
+        announce("gateway", url=url, scheduler_url=settings.internal_url(), state_dir=settings.state_dir.resolve())
+
+    try:
+        run_gateway(settings, on_ready=ready if as_json else None)
+    except (ValueError, OSError) as error:
+        fail(str(error), Exit.USAGE)
 
 
-def scheduler(config: Config = None, state_dir: StateDir = None) -> None:
+def scheduler(config: Config = None, state_dir: StateDir = None, as_json: ReadyJson = False) -> None:
     """Run the support service (SS) and the scheduler (SM)."""
     from api import state_dir as state
     from api.parts import run_scheduler
 
     settings = _settings(config, state_dir)
+
+    def ready(agents: str, url: str) -> None:
+        announce("scheduler", agents=agents, internal_url=url, state_dir=settings.state_dir.resolve())
+
     try:
         with state.held(state.StateDir(settings.state_dir).lock("scheduler"), "a scheduler"):
-            code = run_scheduler(settings)
+            code = run_scheduler(settings, on_ready=ready if as_json else None)
     except (state.StateDirInUse, ValueError, OSError) as error:
         fail(str(error), Exit.USAGE)
     raise typer.Exit(code)
@@ -141,6 +156,7 @@ def agent(
     ] = False,
     config: Config = None,
     state_dir: StateDir = None,
+    as_json: ReadyJson = False,
 ) -> None:
     """Offer this machine's GPUs to a scheduler.
 
@@ -157,8 +173,11 @@ def agent(
         )
     from api.parts import run_agent
 
+    def joined(gpus: Sequence[GpuSpec]) -> None:
+        announce("agent", node=node, scheduler=settings.agent.connect, gpus=[asdict(gpu) for gpu in gpus])
+
     try:
-        run_agent(settings, directory, die_with_parent=die_with_parent)
+        run_agent(settings, directory, die_with_parent=die_with_parent, on_joined=joined if as_json else None)
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error), Exit.USAGE)
 

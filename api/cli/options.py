@@ -8,6 +8,12 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ReadyJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one line of JSON to stdout when it is ready: its addresses. Logs stay on stderr."
+    ),
+]
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default: AIGC_CONFIG, or aigc.toml here.")
 ]

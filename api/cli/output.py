@@ -69,6 +69,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def announce(part: str, **facts: Any) -> None:
+    """Write one line of JSON to stdout and flush it: this part is ready, and this is where it is to be found."""
+    sys.stdout.write(json.dumps({"part": part, **facts}, default=str, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, title: str = "") -> None:
     """Print rows as a table of the named columns, or all of them as JSON."""
     if as_json:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from api.monitoring.metrics import Metrics
 from api.mq.port import Queue
 from api.mq.sqlite import SqliteQueue
 from api.ports import SupportRefused
+from api.serving import listen
 from api.settings import Settings
 from api.sm.capacity import NO_FLEET, CapacityMetrics, advice_to, live_demand
 from api.sm.foresight import LiveForesight
@@ -250,8 +250,11 @@ class Scheduler:
         self.failed.set()
 
 
-def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[int], None] = lambda _: None) -> int:
-    """Run until SIGTERM or SIGINT (returns 0) or until storage or the world fails (returns 1); call in the main thread."""
+def run_scheduler(config: SchedulerConfig, *, on_ready: Callable[[str, str], None] | None = None) -> int:
+    """Run until SIGTERM or SIGINT (returns 0) or until storage or the world fails (returns 1); call in the main thread.
+
+    `on_ready` is told where agents connect and the URL of SS's internal HTTP, once both answer.
+    """
     gc.disable()  # recovery only makes what stays; walking it while it grows costs a fifth of the time
     scheduler = Scheduler(config)
     gc.collect()
@@ -279,19 +282,23 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(scheduler: Scheduler, on_ready: Callable[[int], None]) -> None:
+async def _serve(scheduler: Scheduler, on_ready: Callable[[str, str], None] | None) -> None:
     config = scheduler.config
     token = config.state.secret("internal")
     app = create_support_app(scheduler.support, token, scheduler.metrics.exposition)
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     )
-    with _listen(config.host, config.port) as listener:
+    with listen(config.host, config.port, "scheduler.internal_port") as listener:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        on_ready(listener.getsockname()[1])
+        while on_ready is not None and not (server.started or serving.done()):
+            await asyncio.sleep(0.005)
+        if on_ready is not None and server.started:
+            agents = scheduler.world.endpoint if isinstance(scheduler.world, ZmqWorld) else ""
+            on_ready(agents, f"http://{config.host}:{listener.getsockname()[1]}")
         while not (stop.is_set() or scheduler.failed.is_set() or serving.done()):
             try:
                 await asyncio.wait_for(stop.wait(), 0.1)
@@ -300,21 +307,6 @@ async def _serve(scheduler: Scheduler, on_ready: Callable[[int], None]) -> None:
         scheduler.core.board.close()
         server.should_exit = True
         await serving
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            error.errno,
-            f"{host}:{port}: SS cannot listen there: {error.strerror}; choose another scheduler.internal_port",
-        ) from error
-    return listener
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:
