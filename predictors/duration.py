@@ -146,49 +146,71 @@ class DurationModel:
             start = math.log(request.work_s) + frame
         ladder_mean, distance, weights = self.ladder.climb(request.ladder, now_s, start, request.covariates)
         base, declared_mean = self._declared(request, now_s, ladder_mean)
-        values = [1.0, *distance]
-        tables = self._residual_means
-        for (_, strength), table, key in zip(_MEMORIES, tables, request.memories, strict=True):
-            values.append(table.shrunk(key, now_s, 0.0, strength))
-        # How recently the model ran: one that went cold is loaded anew.
-        values.append(math.log1p(tables[_MODEL_30].weight(request.model, now_s)) - 1.0)
-        values.append(math.log1p(tables[_MODEL_6].weight(request.model, now_s)) - 0.5)
-        values += request.load
-        values += (
-            1.0,
-            math.log1p(tables[0].weight(request.user, now_s)) - 2.0,
-            math.log1p(tables[1].weight(request.user, now_s)) - 0.5,
-            math.log1p(weights[3]) - 3.0,
-            math.log1p(weights[1]) - 5.0,
-            abs(values[2 + COVARIATES]),
-            request.load[0] - 1.0,
-            *self._unrest(request, now_s),
-            ladder_mean,
-            *request.covariates,
-            *request.traits,
+        means, kept = self._lately(request, now_s)
+        load, log1p = request.load, math.log1p
+        row = np.array(
+            (
+                1.0,
+                *distance,
+                *means,
+                # How recently the model ran: one that went cold is loaded anew.
+                log1p(kept[_MODEL_30]) - 1.0,
+                log1p(kept[_MODEL_6]) - 0.5,
+                *load,
+                1.0,
+                log1p(kept[0]) - 2.0,
+                log1p(kept[1]) - 0.5,
+                log1p(weights[3]) - 3.0,
+                log1p(weights[1]) - 5.0,
+                abs(means[1]),
+                load[0] - 1.0,
+                *self._unrest(request, now_s),
+                ladder_mean,
+                *request.covariates,
+                *request.traits,
+            )
         )
-        row = np.array(values)
-        champion = self.level.level + base + self.correction.predict(row[:_COLUMNS])
-        challenger, centre, errors = self.challenger, champion, self.champion
-        served = challenger.serving and challenger.trees is not None
-        if served and challenger.trees is not None:
-            centre += bounded(challenger.trees.predict(row))
-            errors = challenger.errors
-        scale = errors.scale(row[_SPREAD], weights[1])
+        level, challenger = self.level.level, self.challenger
+        champion = centre = level + base + float(row[:_COLUMNS].dot(self.correction.weights))
+        trees, errors, served = challenger.trees, self.champion, False
+        if trees is not None and challenger.serving:
+            centre += bounded(trees.predict(row))
+            errors, served = challenger.errors, True
         return Outlook(
-            level=self.level.level,
-            base=base,
-            ladder_mean=ladder_mean,
-            declared_mean=declared_mean,
-            champion=champion,
-            centre=centre,
-            scale=scale,
-            row=row,
-            trees=challenger.trees,
-            served=served,
-            model_weight=weights[1],
-            blind=weights[0] == 0.0 and request.declared_s <= 0.0,
+            level,
+            base,
+            ladder_mean,
+            declared_mean,
+            champion,
+            centre,
+            errors.scale(row[_SPREAD], weights[1]),
+            row,
+            trees,
+            served,
+            weights[1],
+            weights[0] == 0.0 and request.declared_s <= 0.0,
         )
+
+    def _lately(self, request: Request, now_s: float) -> tuple[list[float], list[float]]:
+        """Return the mean of every table of residuals, pulled to zero, and how many fresh observations each stands on.
+
+        What `DecayedMeans.shrunk` and `DecayedMeans.weight` say, each cell looked up once.
+        """
+        means, kept, exp = [], [], math.exp
+        for (memory_s, strength), table, key in zip(_MEMORIES, self._residual_means, request.memories, strict=True):
+            cell = table.cells.get(key)
+            if cell is None:
+                means.append(0.0)
+                kept.append(0.0)
+                continue
+            weight, total, at_s = cell
+            if now_s > at_s:
+                decay = exp((at_s - now_s) / memory_s)
+                weight *= decay
+                total *= decay
+            means.append(total / (weight + strength))
+            kept.append(weight)
+        return means, kept
 
     def _unrest(self, request: Request, now_s: float) -> list[float]:
         """Return by how much errors were larger than expected: lately, those of the model, and those of the user, in logs."""

@@ -41,23 +41,24 @@ class Ladder:
         mean = start
         pictures, steps, pixels, work = own_pictures, own_steps, own_pixels, own_work = covariates
         weights: list[float] = []
-        strength = _GUESS_STRENGTH
+        strength, memory_s, exp = _GUESS_STRENGTH, self.memory_s, math.exp
         for key in keys:
             cell = self.cells.get(key)
             if cell is None:
                 weights.append(0.0)
                 continue
-            decay = math.exp(min(0.0, cell[6] - now_s) / self.memory_s)
-            weight = cell[0] * decay
+            weight, target, of_pictures, of_steps, of_pixels, of_work, at_s = cell
+            decay = exp((at_s - now_s) / memory_s) if at_s < now_s else 1.0
+            weight *= decay
             weights.append(weight)
             keep = strength / (weight + strength)
             share = decay / (weight + strength)
             strength = self.strength
-            mean = keep * mean + share * cell[1]
-            pictures = keep * pictures + share * cell[2]
-            steps = keep * steps + share * cell[3]
-            pixels = keep * pixels + share * cell[4]
-            work = keep * work + share * cell[5]
+            mean = keep * mean + share * target
+            pictures = keep * pictures + share * of_pictures
+            steps = keep * steps + share * of_steps
+            pixels = keep * pixels + share * of_pixels
+            work = keep * work + share * of_work
         return mean, (own_pictures - pictures, own_steps - steps, own_pixels - pixels, own_work - work), weights
 
     def add(
@@ -69,23 +70,31 @@ class Ladder:
         weight: float = 1.0,
     ) -> None:
         """Add one observation to every rung."""
+        cells = self.cells
+        # Looked up as a local and kept whole: this runs five times for every finished task.
+        added = (weight, weight * target, *[weight * covariate for covariate in covariates])
         for key in keys:
-            cell = self.cells.pop(key, None)
+            cell = cells.pop(key, None)
             if cell is None:
-                cell = [0.0] * (3 + COVARIATES)
-                cell[6] = now_s
-            decay = math.exp(min(0.0, cell[6] - now_s) / self.memory_s)
-            self.cells[key] = [
-                cell[0] * decay + weight,
-                cell[1] * decay + weight * target,
-                cell[2] * decay + weight * covariates[0],
-                cell[3] * decay + weight * covariates[1],
-                cell[4] * decay + weight * covariates[2],
-                cell[5] * decay + weight * covariates[3],
-                max(cell[6], now_s),
+                cells[key] = [*added, now_s]
+                continue
+            at_s = cell[6]
+            decay = 1.0
+            if at_s < now_s:
+                decay = math.exp((at_s - now_s) / self.memory_s)
+                at_s = now_s
+            of_all, of_target, of_pictures, of_steps, of_pixels, of_work = added
+            cells[key] = [
+                cell[0] * decay + of_all,
+                cell[1] * decay + of_target,
+                cell[2] * decay + of_pictures,
+                cell[3] * decay + of_steps,
+                cell[4] * decay + of_pixels,
+                cell[5] * decay + of_work,
+                at_s,
             ]
-        while len(self.cells) > self.limit:
-            del self.cells[next(iter(self.cells))]
+        while len(cells) > self.limit:
+            del cells[next(iter(cells))]
 
     def move(self, model: str, shift: float) -> None:
         """Move all that is known of a model by so many log seconds."""

@@ -30,6 +30,7 @@ LONGEST_US: Micros = 90 * 86400 * SECOND
 _METHODS = 64
 _OBSERVED = 4096
 _TAIL_POINTS = 24
+_TAIL_LEVELS = (*LEVELS, *((i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)))
 _PRIOR_S = {"dreambooth": 600.0, "text_to_image": 10.0}
 
 
@@ -46,7 +47,7 @@ class Outcome(StrEnum):
     """By the platform's fault: node, Pod or GPU lost."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # Frozen, it would take three times as long to make.
 class Prediction:
     """What is predicted about one task on one GPU model. Times are run times in microseconds."""
 
@@ -239,17 +240,19 @@ def _times(
     centre, scale, pool = outlook.centre + log_ratio, outlook.scale, model.pool(outlook)
     if elapsed_us <= 0:
         exp = math.exp
-        times = [int(exp(min(centre + scale * z, 20.0)) * SECOND + 0.5) for z in pool.quantiles(LEVELS)]
+        residuals = pool.quantiles(LEVELS)
+        if centre + scale * residuals[-1] < 20.0:
+            times = [int(exp(centre + scale * z) * 1e6 + 0.5) for z in residuals]
+        else:
+            times = [int(exp(min(centre + scale * z, 20.0)) * 1e6 + 0.5) for z in residuals]
         if times[0] < 1 or times[-1] > LONGEST_US:
             times = [max(1, min(LONGEST_US, us)) for us in times]
         # A mean beyond P99 would be one freak's: in a young pool a single residual can weigh that much.
         mean = int(math.exp(min(centre, 20.0)) * pool.smear(scale) * SECOND)
         return max(1, min(times[12], mean)), tuple(times)
     gone = (math.log(elapsed_us / SECOND) - centre) / scale
-    times = [max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in LEVELS]
-    points = [(i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)]
-    mean = sum(max(elapsed_us, _micros(centre + scale * pool.beyond(gone, level))) for level in points) // _TAIL_POINTS
-    return mean, tuple(times)
+    found = [max(elapsed_us, _micros(centre + scale * z)) for z in pool.all_beyond(gone, _TAIL_LEVELS)]
+    return sum(found[len(LEVELS) :]) // _TAIL_POINTS, tuple(found[: len(LEVELS)])
 
 
 def _micros(log_s: float) -> Micros:

@@ -27,16 +27,17 @@ class RecursiveLeastSquares:
 
     def predict(self, row: Vector) -> float:
         """Return the estimate for one row of features."""
-        return float(row @ self.weights)
+        return float(row.dot(self.weights))
 
     def learn(self, row: Vector, target: float, weight: float = 1.0) -> None:
         """Move the coefficients towards one observed target; ``weight`` is its precision relative to an ordinary row."""
-        direction = self.covariance @ row
-        gain = direction / (self.forgetting / weight + float(row @ direction))
-        self.weights += gain * (target - float(row @ self.weights))
-        self.covariance -= gain[:, None] * direction
-        if float(self.covariance.trace()) < self._trace_cap:
-            self.covariance /= self.forgetting
+        covariance, weights = self.covariance, self.weights
+        direction = covariance.dot(row)
+        gain = direction / (self.forgetting / weight + float(row.dot(direction)))
+        weights += gain * (target - float(row.dot(weights)))
+        covariance -= gain[:, None] * direction
+        if np.add.reduce(covariance.diagonal()) < self._trace_cap:
+            covariance /= self.forgetting
 
     def keep_positive(self, first: int, end: int) -> None:
         """Bring coefficients of a range that fell below zero back to it; the others move as the squares that remain least ask."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -27,7 +27,7 @@ class ResidualPool:
     Beyond the extreme residuals the tail goes on exponentially with the mean excess of the outer twentieth.
     """
 
-    __slots__ = ("_grid", "_grid_age", "_latest", "_latest_age", "_order", "_pseudo", "_sorted", "limit")
+    __slots__ = ("_grid", "_grid_age", "_latest", "_latest_age", "_order", "_outer", "_pseudo", "_sorted", "limit")
 
     def __init__(self, limit: int = 2000) -> None:
         if limit < PSEUDO:
@@ -43,6 +43,8 @@ class ResidualPool:
         self._grid_age = 0
         self._latest: dict[tuple[float, ...], tuple[float, ...]] = {}
         self._latest_age = 0
+        self._outer: list[float | None] = [None, None]
+        """Mean excess below and above, as far as they were asked for since the last residual."""
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -67,6 +69,7 @@ class ResidualPool:
         if self._latest_age >= _REFRESH_QUANTILES or len(self._order) < _SETTLED:
             self._latest.clear()
             self._latest_age = 0
+        self._outer = [None, None]
         self._order.append(residual)
         insort(self._sorted, residual)
         self._grid_age += 1
@@ -107,10 +110,28 @@ class ResidualPool:
 
     def beyond(self, residual: float, level: float) -> float:
         """Return the quantile of those residuals that exceed ``residual``."""
+        return self.all_beyond(residual, (level,))[0]
+
+    def all_beyond(self, residual: float, levels: Sequence[float]) -> list[float]:
+        """Return several quantiles of those residuals that exceed ``residual``."""
         if residual >= self._sorted[-1]:
-            return residual - self._excess() * math.log(1.0 - level)
-        rest = (1.0 - self.below(residual)) * (1.0 - level)
-        return max(residual, self.quantile(1.0 - rest))
+            excess = self._excess()
+            return [residual - excess * math.log(1.0 - level) for level in levels]
+        rest, values, found = 1.0 - self.below(residual), self._sorted, []
+        count = len(values)
+        for level in levels:
+            of_all = 1.0 - rest * (1.0 - level)
+            place = (count + 1) * of_all - 1.0
+            if 0.0 < place < count - 1:
+                low = int(place)
+                under, over = values[low], values[low + 1]
+                value = under + (place - low) * (over - under)
+                if value > over:
+                    value = over
+            else:
+                value = self.quantile(of_all)
+            found.append(value if value > residual else residual)
+        return found
 
     def smear(self, scale: float) -> float:
         """Return the mean of exp(scale x residual): what turns a log-space centre into a mean."""
@@ -144,6 +165,7 @@ class ResidualPool:
         """Take over a saved pool."""
         self._order = deque(order)
         self._sorted = sorted(self._order)
+        self._outer = [None, None]
         self._pseudo = pseudo
         self._latest = {tuple(levels): tuple(found) for levels, found in latest}
         self._latest_age = latest_age
@@ -151,8 +173,14 @@ class ResidualPool:
         self._grid_age = grid_age
 
     def _excess(self, low: bool = False) -> float:
+        kept = self._outer[not low]
+        if kept is not None:
+            return kept
         values = self._sorted
         outer = max(2, len(values) // 20)
         if low:
-            return max(1e-3, values[outer] - sum(values[:outer]) / outer)
-        return max(1e-3, sum(values[-outer:]) / outer - values[-outer - 1])
+            excess = max(1e-3, values[outer] - sum(values[:outer]) / outer)
+        else:
+            excess = max(1e-3, sum(values[-outer:]) / outer - values[-outer - 1])
+        self._outer[not low] = excess
+        return excess

@@ -15,40 +15,43 @@ from numpy.typing import NDArray
 
 LEAVES = 16
 """The most leaves of a tree: one bit each of a 16-bit mask."""
-_ALL = np.uint16(0xFFFF)
+_ALL = 0xFFFF
 _ROWS_AT_ONCE = 512
 _TOTAL_RATE = 4.8
 """Learning rate times trees: fewer trees take larger steps."""
 
 
-def _first_bits() -> NDArray[np.int8]:
-    masks = np.arange(1, 1 << LEAVES)
-    return np.concatenate(([0], np.log2(masks & -masks))).astype(np.int8)
+def _first_left() -> NDArray[np.int8]:
+    left = np.arange(_ALL, 0, -1)
+    return np.concatenate((np.log2(left & -left), [0])).astype(np.int8)
 
 
-_FIRST_BIT = _first_bits()
+_FIRST_LEFT = _first_left()
+"""By the leaves that were struck out, as a mask, the first one that was not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trees:
-    """An additive model. ``features``, ``thresholds`` and ``masks`` have one entry per split, ``starts`` one per tree."""
+    """An additive model. ``features``, ``thresholds`` and ``struck`` have one entry per split, ``starts`` one per tree."""
 
     base: float
     features: NDArray[np.int64]
     thresholds: NDArray[np.float64]
-    masks: NDArray[np.uint16]
-    """Leaves that remain when the row's feature exceeds the threshold."""
+    struck: NDArray[np.uint16]
+    """Leaves that are struck out when the row's feature exceeds the threshold."""
     starts: NDArray[np.int64]
     values: NDArray[np.float64]
     """Of the leaves, `LEAVES` places for each tree."""
     offsets: NDArray[np.int64]
+    by_feature: tuple[tuple[int, NDArray[np.float64], NDArray[np.uint16]], ...]
+    """For many rows: of each feature its thresholds in order, and what a value above so many of them strikes out of every tree."""
 
     def predict(self, row: NDArray[np.float64]) -> float:
         """Return the model's value for one row of features."""
         if not len(self.starts):
             return self.base
-        kept = np.where(row.take(self.features) <= self.thresholds, _ALL, self.masks)
-        leaves = _FIRST_BIT.take(np.bitwise_and.reduceat(kept, self.starts))
+        struck = (row.take(self.features) > self.thresholds) * self.struck
+        leaves = _FIRST_LEFT.take(np.bitwise_or.reduceat(struck, self.starts))
         return self.base + float(np.add.reduce(self.values.take(self.offsets + leaves)))
 
     def predict_rows(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -58,9 +61,10 @@ class Trees:
             return found
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[begin : begin + _ROWS_AT_ONCE]
-            kept = np.where(part[:, self.features] <= self.thresholds, _ALL, self.masks)
-            leaves = _FIRST_BIT[np.bitwise_and.reduceat(kept, self.starts, axis=1)]
-            found[begin : begin + len(part)] += self.values[self.offsets + leaves].sum(axis=1)
+            struck = np.zeros((len(part), len(self.starts)), dtype=np.uint16)
+            for feature, thresholds, by_place in self.by_feature:
+                struck |= by_place[np.searchsorted(thresholds, part[:, feature])]
+            found[begin : begin + len(part)] += self.values[self.offsets + _FIRST_LEFT[struck]].sum(axis=1)
         return found
 
     def state(self) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class Trees:
             "base": self.base,
             "features": self.features.tolist(),
             "thresholds": self.thresholds.tolist(),
-            "masks": self.masks.tolist(),
+            "masks": (_ALL - self.struck).tolist(),
             "starts": self.starts.tolist(),
             "values": self.values.tolist(),
         }
@@ -77,14 +81,19 @@ class Trees:
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Trees:
         """Return the model that `state` described."""
+        features = np.array(state["features"], dtype=np.int64)
+        thresholds = np.array(state["thresholds"], dtype=np.float64)
+        struck = (_ALL - np.array(state["masks"], dtype=np.int64)).astype(np.uint16)
+        starts = np.array(state["starts"], dtype=np.int64)
         return cls(
             base=state["base"],
-            features=np.array(state["features"], dtype=np.int64),
-            thresholds=np.array(state["thresholds"], dtype=np.float64),
-            masks=np.array(state["masks"], dtype=np.uint16),
-            starts=np.array(state["starts"], dtype=np.int64),
+            features=features,
+            thresholds=thresholds,
+            struck=struck,
+            starts=starts,
             values=np.array(state["values"], dtype=np.float64),
-            offsets=np.arange(len(state["starts"]), dtype=np.int64) * LEAVES,
+            offsets=np.arange(len(starts), dtype=np.int64) * LEAVES,
+            by_feature=_by_feature(features, thresholds, struck, starts),
         )
 
 
@@ -107,6 +116,23 @@ def fit(rows: NDArray[np.float32], targets: NDArray[np.float64], rising: Sequenc
         random_state=0,
     ).fit(rows, targets)
     return _flat(float(np.ravel(model._baseline_prediction)[0]), [stage[0].nodes for stage in model._predictors])
+
+
+def _by_feature(
+    features: NDArray[np.int64],
+    thresholds: NDArray[np.float64],
+    struck: NDArray[np.uint16],
+    starts: NDArray[np.int64],
+) -> tuple[tuple[int, NDArray[np.float64], NDArray[np.uint16]], ...]:
+    tree_of = np.searchsorted(starts, np.arange(len(features)), side="right") - 1
+    tables = []
+    for feature in np.unique(features):
+        splits = np.flatnonzero(features == feature)
+        splits = splits[np.argsort(thresholds[splits], kind="stable")]
+        table = np.zeros((len(splits) + 1, len(starts)), dtype=np.uint16)
+        table[np.arange(1, len(splits) + 1), tree_of[splits]] = struck[splits]
+        tables.append((int(feature), thresholds[splits], np.bitwise_or.accumulate(table, axis=0)))
+    return tuple(tables)
 
 
 def _flat(base: float, trees: Sequence[Any]) -> Trees:
@@ -135,5 +161,5 @@ def _walk(nodes: Any, place: int, values: list[float], state: dict[str, Any]) ->
     first = len(values)
     _walk(nodes, int(node["left"]), values, state)
     struck = (1 << len(values)) - (1 << first)
-    state["masks"][split] = int(_ALL) & ~struck
+    state["masks"][split] = _ALL & ~struck
     _walk(nodes, int(node["right"]), values, state)
