@@ -188,6 +188,7 @@ def run_agent(
 
     configure_logging("agent", level=settings.log_level)
     name = settings.agent.name or socket.gethostname()
+    pair, public = curve.load(keys / "agent.key"), curve.load_public(keys / "scheduler.pub")
     home = StateDir(settings.state_dir).agent(name)
     home.mkdir(parents=True, exist_ok=True)
     plugin = open_plugin(settings.agent.devices)
@@ -199,11 +200,10 @@ def run_agent(
     patience = Patience(first_s=3 * floor_s, floor_s=floor_s, factor=settings.agent.hung_after_steps)
     host = LocalPodHost(plugin, store, home / "work", cache, warm=("torch",), patience=patience)
     resources = host_resources(home)
-    public = (keys / "scheduler.pub").read_text().strip()
     options = AgentOptions(
         connect=settings.agent.connect,
         node=name,
-        keys=curve.load(keys / "agent.key"),
+        keys=pair,
         scheduler_public_key=public,
         state_dir=home,
         cpu_milli=resources.cpu_milli,

@@ -6,18 +6,31 @@ Nested fields are spelled with two underscores in the environment: ``AIGC_GATEWA
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from api.misconfigured import described, misspelt
 
 GIB = 1 << 30
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+_AnySection = TypeVar("_AnySection", bound=_Section)
+
+
+def _address(value: str) -> str:
+    """Return an address of agents as it is; raises ValueError where ZeroMQ could make nothing of it."""
+    if not re.fullmatch(r"tcp://(\[[^\]]+\]|[^:/\s]+):(\d{1,5}|\*)", value):
+        raise ValueError("write tcp://HOST:PORT")
+    return value
 
 
 class GatewaySection(_Section):
@@ -56,7 +69,7 @@ class SchedulerSection(_Section):
 
     profile: str = "aigc"
     """Name of a profile, or path of a TOML file with one."""
-    bind: str = "tcp://127.0.0.1:5570"
+    bind: Annotated[str, AfterValidator(_address)] = "tcp://127.0.0.1:5570"
     """Where agents connect; CURVE is always on."""
     internal_host: str = "127.0.0.1"
     """Address of SS's internal HTTP; keep it on loopback or a private network."""
@@ -75,7 +88,7 @@ class SchedulerSection(_Section):
 class AgentSection(_Section):
     """A node agent."""
 
-    connect: str = "tcp://127.0.0.1:5570"
+    connect: Annotated[str, AfterValidator(_address)] = "tcp://127.0.0.1:5570"
     """The scheduler's `bind`, as this machine reaches it."""
     name: str = ""
     """Node name; empty: the host's name."""
@@ -237,18 +250,30 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         raise ConfigurationError(
             f"configuration file {path} does not exist; give the path of a TOML file or leave it out"
         )
+    if lines := misspelt(sorted(os.environ), Settings, "AIGC_"):
+        raise ConfigurationError("the environment is wrong:\n" + "\n".join(lines))
     _toml_path = path
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: not valid TOML: {error}") from error
     except ValidationError as error:
-        lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise ConfigurationError("the configuration is wrong:\n" + "\n".join(lines)) from error
+        raise ConfigurationError("the configuration is wrong:\n" + "\n".join(described(error, Settings))) from error
     finally:
         _toml_path = None
     settings.methods = {**_default_methods(), **settings.methods}
     return settings
+
+
+def changed(section: _AnySection, name: str, /, **values: Any) -> _AnySection:
+    """Return a section, called `name`, with the values that are not None in place; raises ConfigurationError."""
+    kind = type(section)
+    try:
+        return kind(
+            **{**section.model_dump(), **{field: value for field, value in values.items() if value is not None}}
+        )
+    except ValidationError as error:
+        raise ConfigurationError("this is wrong:\n" + "\n".join(described(error, kind, name))) from error
 
 
 def settings_table() -> str:

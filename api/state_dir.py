@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from api.settings import ConfigurationError
+
 
 @dataclass(frozen=True, slots=True)
 class StateDir:
@@ -72,11 +74,14 @@ class StateDir:
         return self.root / "agents" / name
 
     def create(self) -> None:
-        """Make the directory, readable by its owner alone."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        os.chmod(self.root, 0o700)
-        for path in (self.logs, self.root / "secrets", self.curve):
-            path.mkdir(exist_ok=True)
+        """Make the directory, readable by its owner alone; raises ConfigurationError where it cannot be."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            os.chmod(self.root, 0o700)
+            for path in (self.logs, self.root / "secrets", self.curve):
+                path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unusable(self.root, error) from error
 
     def secret(self, name: str) -> str:
         """Return a named 256-bit secret as hex, made on first use; safe when two parts ask at once."""
@@ -108,8 +113,12 @@ def held(path: Path, who: str) -> Iterator[None]:
 
     The lock goes with the process, however it ends.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise _unusable(path.parent, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -122,6 +131,12 @@ def held(path: Path, who: str) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _unusable(root: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"state_dir: {root} cannot be written ({error.strerror}); give another by --state-dir or AIGC_STATE_DIR"
+    )
 
 
 def write_private(path: Path, text: str) -> None:

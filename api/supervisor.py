@@ -34,10 +34,13 @@ class Part:
     started_at: float = 0.0
     restart_at: float = 0.0
     falls: int = 0
+    _log_from: int = 0
+    """Where the log of this start begins."""
 
     def start(self) -> None:
         """Start the process; its output goes to the log file."""
         with self.log.open("ab") as log:
+            self._log_from = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
@@ -64,9 +67,11 @@ class Part:
             self.process.wait()
 
     def log_tail(self, lines: int = 12) -> str:
-        """Return the last lines of the log."""
+        """Return the last lines that were logged since the part was started last."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            with self.log.open("rb") as log:
+                log.seek(self._log_from)
+                return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
         except OSError:
             return ""
 

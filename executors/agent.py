@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 USE_EVERY_S = 5.0
 STOCK_EVERY_S = 60.0
 """How often the models of a node are told though they did not change."""
+SILENT_AFTER_US = 5_000_000
+"""How long a scheduler may be silent before the log says so."""
 _READ_AT_ONCE = 512
 _PR_SET_PDEATHSIG = 1
 
@@ -171,6 +173,7 @@ class NodeAgent:
         poller.register(self._wake_out, zmq.POLLIN)
         registered: set[int] = set()
         joined = self._options.on_joined
+        silence = Silence(self._options)
         while machine.life is not Life.LEFT:
             registered = _register(poller, registered, self._host.filenos())
             wait_us = max(0, min(machine.next_timeout(), self._leave_by, self._spool.sync_at) - clock_us())
@@ -190,6 +193,7 @@ class NodeAgent:
                 self.machine.depart(now)
             self._carry_out(now)
             self._send(dealer, now)
+            silence.look(now, machine.life)
             if joined is not None and machine.life is Life.UP:
                 joined(machine.node.gpus)
                 joined = None
@@ -380,6 +384,31 @@ class NodeAgent:
             os.fsync(file.fileno())
         scratch.replace(self._boot_file)
         self._saved_boot = boot
+
+
+class Silence:
+    """Says, ever less often, that no scheduler answers: where keys do not fit, silence is all that the other end gives."""
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        self._since: Micros = NEVER
+        self._say_at: Micros = NEVER
+
+    def look(self, now: Micros, life: Life) -> None:
+        """Note how the session stands."""
+        if life is not Life.SEEKING:
+            self._since = self._say_at = NEVER
+        elif self._since == NEVER:
+            self._since, self._say_at = now, now + SILENT_AFTER_US
+        elif now >= self._say_at:
+            silent_us = now - self._since
+            self._say_at = now + silent_us
+            node = self._options.node
+            log.warning(
+                "no scheduler answers at %s for %.0f s: does it run there, and were the keys of node %s made where it runs"
+                " (`aigc keys agent %s`)?",
+                self._options.connect, silent_us / 1_000_000, node, node,
+            )  # fmt: skip
 
 
 class _StockNews:

@@ -63,6 +63,16 @@ def load(path: Path) -> KeyPair:
     return KeyPair(_key(content.get("public"), path, "public"), _key(content.get("secret"), path, "secret"))
 
 
+def load_public(path: Path) -> str:
+    """Read a file with one public key; raises KeyProblem when it is missing or holds none."""
+    try:
+        return _key(path.read_text("ascii").strip(), path, "its content")
+    except FileNotFoundError:
+        raise KeyProblem(f"{path}: no such key file") from None
+    except UnicodeDecodeError:
+        raise KeyProblem(f"{path}: its content is not a Z85 key of 40 characters") from None
+
+
 def load_or_generate(path: Path) -> KeyPair:
     """Read a key pair, making and saving it first where there is none."""
     if not path.exists():

@@ -16,7 +16,7 @@ import typer
 
 from api.cli.options import Config, Json, ReadyJson, StateDir
 from api.cli.output import Exit, announce, err, fail, out, print_json, print_rows
-from api.settings import AgentSection, FleetSection, Settings, load_settings
+from api.settings import FleetSection, Settings, changed, load_settings
 from engine.resources import GpuSpec
 
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of customers and operators, CURVE keys of agents.")
@@ -40,9 +40,7 @@ def up(
     settings = _settings(config, state_dir, devices)
     if elastic is not None:
         settings.fleet = _fleet(settings, elastic, devices)
-    changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
-    if changes:
-        settings.gateway = type(settings.gateway)(**{**settings.gateway.model_dump(), **changes})
+    settings.gateway = changed(settings.gateway, "gateway", host=host, port=port)
     from api import state_dir as state
 
     try:
@@ -57,15 +55,9 @@ def _fleet(settings: Settings, bounds: str, devices: str | None) -> FleetSection
     least, separator, most = bounds.partition(":")
     if not (separator and least.isdecimal() and most.isdecimal() and int(most) > 0 and int(least) <= int(most)):
         fail(f"--elastic: {bounds!r} is no MIN:MAX; use for example 1:4", Exit.USAGE)
-    values = {**settings.fleet.model_dump(), "nodes_min": int(least), "nodes_max": int(most)}
-    if devices is not None:
-        values["devices"] = devices
-        if devices.startswith("cpu:") and devices[4:].isdecimal():
-            values["gpus"] = max(1, int(devices[4:]))
-    try:
-        return FleetSection(**values)
-    except ValueError as error:
-        fail(f"--elastic: {error}", Exit.USAGE)
+    own = devices is not None and devices.startswith("cpu:") and devices[4:].isdecimal()
+    gpus = max(1, int(devices[4:])) if devices is not None and own else None
+    return changed(settings.fleet, "fleet", nodes_min=int(least), nodes_max=int(most), devices=devices, gpus=gpus)
 
 
 def _run_until_told(settings: Settings, config: Path | None, as_json: bool) -> None:
@@ -132,6 +124,7 @@ def scheduler(config: Config = None, state_dir: StateDir = None, as_json: ReadyJ
     """Run the support service (SS) and the scheduler (SM)."""
     from api import state_dir as state
     from api.parts import run_scheduler
+    from api.sm.journal import JournalCorrupt
 
     settings = _settings(config, state_dir)
 
@@ -143,6 +136,8 @@ def scheduler(config: Config = None, state_dir: StateDir = None, as_json: ReadyJ
             code = run_scheduler(settings, on_ready=ready if as_json else None)
     except (state.StateDirInUse, ValueError, OSError) as error:
         fail(str(error), Exit.USAGE)
+    except JournalCorrupt as error:
+        fail(str(error))
     raise typer.Exit(code)
 
 
@@ -302,13 +297,7 @@ def _settings(
     name: str | None = None,
 ) -> Settings:
     settings = load_settings(config, state_dir=state_dir)
-    changes = {
-        field: value
-        for field, value in {"devices": devices, "connect": connect, "name": name}.items()
-        if value is not None
-    }
-    if changes:
-        settings.agent = AgentSection(**{**settings.agent.model_dump(), **changes})
+    settings.agent = changed(settings.agent, "agent", devices=devices, connect=connect, name=name)
     return settings
 
 

@@ -205,9 +205,17 @@ def _features(job: Job, held: str, adapters: tuple[str, ...]) -> tuple[tuple[str
     if job.method == TRAINING_METHOD:
         known["images"] = len(job.parameters.get("pictures", ()))
         known["method"] = str(job.parameters.get("method", "lora"))
+        known |= _training_memory(job.parameters)
     if job.group:
         known["group"] = job.group
     return tuple(sorted(known.items()))
+
+
+def _training_memory(given: Mapping[str, Any]) -> dict[str, int]:
+    """Return what the memory of a training goes by: its side in pixels, rows of its batch, and whether it keeps activations."""
+    rows = int(given["batch"]) * (2 if given["prior_preservation"] else 1)
+    known = {"rows": rows, "frugal": int(given["gradient_checkpointing"])}
+    return known | {side: int(given["size"]) for side in ("width", "height") if "size" in given}
 
 
 def _deployment(message: Message, job: Job, find_model: Callable[[str], Model | None]) -> Request:
