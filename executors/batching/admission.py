@@ -30,6 +30,10 @@ def check(request: PictureRequest, loaded: LoadedPipeline, bank: AdapterBank, co
     for name, value in (("width", request.width), ("height", request.height)):
         if value < grain or value % grain:
             raise InputRefused(name, f"must be a multiple of {grain} for {loaded.model.id}, not {value}")
+    if loaded.family == "flux" and request.negative_prompt:
+        raise InputRefused(
+            "negative_prompt", f"{loaded.model.id} is guided by its training and takes none; leave it out"
+        )
     beginnings.check(loaded, request)
     _check_controls(request, controls)
     for name, _weight in request.adapters:

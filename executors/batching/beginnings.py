@@ -14,7 +14,7 @@ import torch
 from executors.batching.requests import PictureRequest
 from executors.methods import sampling
 from executors.methods.base import InputRefused
-from executors.methods.pipelines import LoadedPipeline
+from executors.methods.pipelines import FLOWS, LoadedPipeline
 
 _OWN, _NOISE, _MASK, _SEEN = "begin/own", "begin/noise", "begin/mask", "begin/seen"
 
@@ -75,12 +75,12 @@ def first_step(loaded: LoadedPipeline, request: PictureRequest) -> int:
     if request.image is None:
         return 0
     taken = min(request.steps * request.strength, request.steps)
-    return int(request.steps - taken) if loaded.family == "sd3" else request.steps - int(taken)
+    return int(request.steps - taken) if loaded.family in FLOWS else request.steps - int(taken)
 
 
 def takes_parts(loaded: LoadedPipeline) -> bool:
     """Whether the network was made for inpainting: it sees the mask and the rest of the picture."""
-    return int(loaded.denoiser.config.in_channels) > loaded.latent_channels
+    return int(loaded.denoiser.config.in_channels) > loaded.latent_channels * (4 if loaded.family == "flux" else 1)
 
 
 def check(loaded: LoadedPipeline, request: PictureRequest) -> None:

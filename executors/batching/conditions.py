@@ -43,10 +43,11 @@ class PromptEncoder:
         keys = [self._key(request) for request in requests]
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
-        alike: dict[tuple[bool, float], list[_Key]] = {}
+        alike: dict[tuple[bool, float, bool], list[_Key]] = {}
         for key in missing:
-            alike.setdefault((key[2], key[4]), []).append(key)
-        for (guided, scale), group in alike.items():
+            # SDXL zeroes an absent negative prompt, which a list of prompts cannot say one by one.
+            alike.setdefault((key[2], key[4], self._loaded.family == "sdxl" and not key[1]), []).append(key)
+        for (guided, scale, _absent), group in alike.items():
             self._loaded.set_adapter_scale(scale)
             for start in range(0, len(group), AT_ONCE):
                 part = group[start : start + AT_ONCE]
@@ -65,22 +66,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _run(self, requests: list[PictureRequest], guided: bool) -> list[sampling.Conditioning]:
-        if len(requests) == 1 or self._loaded.family != "sd":
-            # SDXL zeroes an absent negative prompt, which a list of prompts cannot say one by one.
-            return [self._alone(request, guided) for request in requests]
+        prompts = [request.prompt for request in requests]
+        negatives = [request.negative_prompt for request in requests]
         with self._bank.applied([request.adapters for request in requests], "text"):
-            positive, negative = self._loaded.pipe.encode_prompt(
-                [request.prompt for request in requests],
-                device=self._loaded.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=guided,
-                negative_prompt=[request.negative_prompt for request in requests],
-            )
-        return [
-            sampling.Conditioning(positive[i : i + 1], negative[i : i + 1] if guided else None)
-            for i in range(len(requests))
-        ]
-
-    def _alone(self, request: PictureRequest, guided: bool) -> sampling.Conditioning:
-        with self._bank.applied([request.adapters], "text"):
-            return sampling.encode_prompt(self._loaded, request.prompt, request.negative_prompt, guided)
+            return sampling.encode_each(self._loaded, prompts, negatives, guided)

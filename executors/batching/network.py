@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from executors.batching import beginnings
+from executors.batching import beginnings, packing
 from executors.batching.controls import ControlNets
 from executors.batching.lora import AdapterBank
 from executors.batching.trajectory import Trajectory
 from executors.methods import sampling
-from executors.methods.pipelines import LoadedPipeline
+from executors.methods.pipelines import FLOWS, LoadedPipeline
 
 
 class Network:
@@ -44,9 +44,11 @@ class Network:
             extra["timestep_cond"] = torch.cat([t.times_condition for t in members if t.times_condition is not None])
         if self._loaded.family == "sdxl":
             extra["added_cond_kwargs"] = self._sizes_and_pooled(members)
-        elif self._loaded.family == "sd3":
+        elif self._loaded.family in FLOWS:
             extra["pooled_projections"] = self._pooled(members)
         inputs, times, followed = torch.cat(rows), times.to(self._loaded.device), torch.cat(states)
+        if self._loaded.family == "flux":
+            return list(torch.split(self._packed(members, inputs, times, followed, extra), each))
         if members[0].request.controls:
             extra |= self._controlled(members, each, inputs, times, followed, extra)
         if beginnings.takes_parts(self._loaded):
@@ -60,12 +62,36 @@ class Network:
         self, inputs: torch.Tensor, times: torch.Tensor, states: torch.Tensor, extra: dict[str, Any]
     ) -> torch.Tensor:
         network = self._loaded.denoiser
-        if self._loaded.family == "sd3":
+        if self._loaded.family in FLOWS:
             guess = network(inputs, timestep=times, encoder_hidden_states=states, **extra)
         else:
             guess = network(inputs, times, encoder_hidden_states=states, **extra)
         result: torch.Tensor = guess.sample
         return result
+
+    def _packed(
+        self,
+        members: Sequence[Trajectory],
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        states: torch.Tensor,
+        extra: dict[str, Any],
+    ) -> torch.Tensor:
+        """Flux: latents go in as tokens with their places, and the guidance is an input."""
+        height, width = latents.shape[2:]
+        given = {
+            "img_ids": packing.places(height, width, latents),
+            "txt_ids": states.new_zeros((states.shape[1], 3)),
+            **extra,
+        }
+        guidance = torch.tensor([trajectory.request.guidance for trajectory in members], device=latents.device)
+        if self._loaded.denoiser.config.guidance_embeds:
+            given["guidance"] = guidance
+        # The network multiplies times by a thousand again, in its own precision.
+        times = times.to(latents.dtype) / 1000
+        with self._bank.applied([trajectory.request.adapters for trajectory in members], "steps"):
+            guess = self._call(packing.pack(latents), times, states, given)
+        return packing.unpack(guess, height, width)
 
     def _controlled(
         self,

@@ -21,7 +21,9 @@ from executors.memory.residence import Residence
 from executors.methods import adapters, device
 from executors.methods.base import InputRefused, ModelMissing, ModelRef
 
-Family = Literal["sd", "sdxl", "sd3", "other"]
+Family = Literal["sd", "sdxl", "sd3", "flux", "other"]
+FLOWS: tuple[Family, ...] = ("sd3", "flux")
+"""Families whose network is a transformer that follows straight flows."""
 DEFAULTS = "defaults.json"
 _MAY_LACK = ("text_encoder_3", "tokenizer_3")
 
@@ -38,7 +40,7 @@ class LoadedPipeline:
     adapter: adapters.AppliedAdapter | None = None
     foreign_adapter: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``."""
+    """The model's own settings from ``defaults.json``: ``guidance``, ``prior_prompts``, ``learning_rate``, ``prompt_tokens``."""
     residence: Residence = field(default_factory=Residence)
     """Where its parts lie while they are not used."""
     memory: CallMemory | None = None
@@ -55,7 +57,7 @@ class LoadedPipeline:
     @property
     def denoiser(self) -> Any:
         """The network that every step calls: a UNet, or the transformer of the newer families."""
-        return self.pipe.transformer if self.family == "sd3" else self.pipe.unet
+        return self.pipe.transformer if self.family in FLOWS else self.pipe.unet
 
     @property
     def latent_channels(self) -> int:
@@ -78,13 +80,19 @@ class LoadedPipeline:
     @property
     def size_grain(self) -> int:
         """Pixels that widths and heights are multiples of."""
-        factor = int(self.pipe.vae_scale_factor)
-        return factor * int(self.denoiser.config.patch_size) if self.family == "sd3" else factor
+        return int(self.pipe.vae_scale_factor) * self.patch
+
+    @property
+    def patch(self) -> int:
+        """Latent places in a row that the network takes as one: two by two are one token of a transformer."""
+        if self.family == "flux":
+            return 2  # Packed before the network sees them; its own patches are of one place.
+        return int(self.denoiser.config.patch_size) if self.family == "sd3" else 1
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Width and height in pixels that the model was made for."""
-        size = self.denoiser.config.sample_size
+        size = self.denoiser.config.get("sample_size") or self.pipe.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
         factor = int(self.pipe.vae_scale_factor)
         return width * factor, height * factor
@@ -107,7 +115,7 @@ class LoadedPipeline:
 def load(model: ModelRef, where: str, dtype: torch.dtype | None = None) -> LoadedPipeline:
     """Load a model onto a device; raises ModelMissing naming the directory."""
     target = device.resolve(where)
-    precision = dtype or device.generation_dtype(target)
+    precision = dtype or _precision(model.base_dir, target)
     meter = meter_of(target)
     pipe = _read_pipeline(model.base_dir, precision)
     pipe.set_progress_bar_config(disable=True)
@@ -128,6 +136,14 @@ def load(model: ModelRef, where: str, dtype: torch.dtype | None = None) -> Loade
     if model.adapter_dir is not None:
         _apply_adapter(loaded, model.adapter_dir)
     return loaded
+
+
+def _precision(folder: Path, target: torch.device) -> torch.dtype:
+    """Half precision on a GPU; of the kind with the wider range where the family's numbers do not fit the other."""
+    usual = device.generation_dtype(target)
+    if usual == torch.float16 and str(_read_index(folder).get("_class_name", "")).startswith("Flux"):
+        return torch.bfloat16
+    return usual
 
 
 def _plan(folder: Path, precision: torch.dtype, meter: Meter) -> MemoryPlan | None:
@@ -155,13 +171,7 @@ def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     quiet()
-    index = folder / "model_index.json"
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelMissing(
-            f"model: {folder} holds no readable model_index.json ({error}); give a diffusers directory"
-        ) from error
+    parts = _read_index(folder)
     options: dict[str, Any] = {}
     if "safety_checker" in parts and not (folder / "safety_checker").is_dir():
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -177,6 +187,15 @@ def _read_pipeline(folder: Path, precision: torch.dtype) -> Any:
         ) from error
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelMissing(
+            f"model: {folder} holds no readable model_index.json ({error}); give a diffusers directory"
+        ) from error
+
+
 def _read_defaults(folder: Path) -> Mapping[str, Any]:
     file = folder / DEFAULTS
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
@@ -189,8 +208,10 @@ def _family(pipe: Any) -> Family:
             return "sd"
         case "StableDiffusionXLPipeline" | "StableDiffusionXLImg2ImgPipeline" | "StableDiffusionXLInpaintPipeline":
             return "sdxl"
-        case "StableDiffusion3Pipeline":
+        case "StableDiffusion3Pipeline" | "StableDiffusion3Img2ImgPipeline" | "StableDiffusion3InpaintPipeline":
             return "sd3"
+        case "FluxPipeline" | "FluxImg2ImgPipeline" | "FluxInpaintPipeline":
+            return "flux"
         case _:
             return "other"
 

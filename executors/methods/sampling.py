@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from executors.methods.base import InputRefused, NotFinite
-from executors.methods.pipelines import LoadedPipeline
+from executors.methods.base import InputRefused, ModelMissing, NotFinite
+from executors.methods.pipelines import FLOWS, LoadedPipeline
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -31,13 +32,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
 }
 
+_MOST_BENT = {"sd3": 1.16, "flux": 1.15}
+"""How far a flow is bent for the largest pictures, where its scheduler does not say."""
+_PROMPT_TOKENS = 512
+"""Tokens that the larger of Flux's text encoders sees, where the model does not say."""
+
 BeforeStep = Callable[[int, int], None]
 """Called with (steps done, steps in all) before every step and once after the last; raises `Cancelled` to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """Prompts as the UNet takes them, [1 or one a picture, tokens, width] each; the pooled parts are SDXL's."""
+    """Prompts as the UNet takes them, [1 or one a picture, tokens, width] each; the pooled parts are the larger families'."""
 
     positive: torch.Tensor
     negative: torch.Tensor | None
@@ -52,15 +58,19 @@ def offered(pipe: Any) -> tuple[str, ...]:
 
 def set_times(loaded: LoadedPipeline, scheduler: Any, steps: int, width: int, height: int, where: Any) -> None:
     """Set a scheduler's steps; some flows are bent by the picture's size."""
-    bent: dict[str, float] = {}
-    if scheduler.config.get("use_dynamic_shifting", None):
-        side = int(loaded.pipe.vae_scale_factor) * int(loaded.denoiser.config.patch_size)
-        config = scheduler.config
+    bent: dict[str, Any] = {}
+    config = scheduler.config
+    if config.get("use_dynamic_shifting", None):
+        side = loaded.size_grain
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", _MOST_BENT.get(loaded.family, 1.15))
         slope = (high - low) / (many - few)
         bent = {"mu": (height // side) * (width // side) * slope + (low - slope * few)}
-    scheduler.set_timesteps(steps, device=where, **bent)
+    if loaded.family == "flux" and not config.get("use_flow_sigmas", None):
+        # Its pipelines divide the way themselves; the scheduler would end it elsewhere.
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=where, **bent)
+    else:
+        scheduler.set_timesteps(steps, device=where, **bent)
 
 
 def build_scheduler(pipe: Any, name: str | None) -> Any:
@@ -78,30 +88,61 @@ def build_scheduler(pipe: Any, name: str | None) -> Any:
     return getattr(diffusers, class_name).from_config(pipe.scheduler.config, **changes)
 
 
-@torch.no_grad()
 def encode_prompt(loaded: LoadedPipeline, prompt: str, negative_prompt: str, guided: bool) -> Conditioning:
     """Run the text encoders once for a prompt."""
-    pipe = loaded.pipe
-    common: dict[str, Any] = {
-        "device": loaded.device,
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": guided,
-    }
-    if loaded.family == "sd":
-        positive, negative = pipe.encode_prompt(prompt, negative_prompt=negative_prompt, **common)
-        return Conditioning(positive, negative if guided else None)
-    if loaded.family == "sd3":
-        positive, negative, pooled, negative_pooled = pipe.encode_prompt(
-            prompt, None, None, negative_prompt=negative_prompt or None, **common
+    return encode_each(loaded, [prompt], [negative_prompt], guided)[0]
+
+
+@torch.no_grad()
+def encode_each(loaded: LoadedPipeline, prompts: list[str], negatives: list[str], guided: bool) -> list[Conditioning]:
+    """Run the text encoders for prompts with their negative ones; of SDXL's, either all or none may be absent (empty)."""
+    pipe, family = loaded.pipe, loaded.family
+    common: dict[str, Any] = {"device": loaded.device, "num_images_per_prompt": 1}
+    pooled: torch.Tensor | None = None
+    negative: torch.Tensor | None = None
+    negative_pooled: torch.Tensor | None = None
+    if family == "flux":
+        positive, pooled, _places = pipe.encode_prompt(
+            prompts, None, max_sequence_length=prompt_tokens(loaded), **common
         )
-        return Conditioning(positive, negative if guided else None, pooled, negative_pooled if guided else None)
-    # SDXL zeroes an absent negative prompt when the model says so; an empty string would be encoded instead.
-    positive, negative, pooled, negative_pooled = pipe.encode_prompt(
-        prompt, negative_prompt=negative_prompt or None, **common
-    )
-    if not guided:
-        return Conditioning(positive, None, pooled, None)
-    return Conditioning(positive, negative, pooled, negative_pooled)
+    elif family == "sd":
+        positive, negative = pipe.encode_prompt(
+            prompts, negative_prompt=negatives, do_classifier_free_guidance=guided, **common
+        )
+    else:
+        # SDXL zeroes an absent negative prompt when the model says so; an empty string would be encoded instead.
+        absent = family == "sdxl" and not any(negatives)
+        further = (None, None) if family == "sd3" else ()
+        positive, negative, pooled, negative_pooled = pipe.encode_prompt(
+            prompts,
+            *further,
+            negative_prompt=None if absent else negatives,
+            do_classifier_free_guidance=guided,
+            **common,
+        )
+
+    def own(part: torch.Tensor | None, place: int, wanted: bool = True) -> torch.Tensor | None:
+        return part[place : place + 1] if part is not None and wanted else None
+
+    return [
+        Conditioning(
+            positive[place : place + 1],
+            own(negative, place, guided),
+            own(pooled, place),
+            own(negative_pooled, place, guided),
+        )
+        for place in range(len(prompts))
+    ]
+
+
+def prompt_tokens(loaded: LoadedPipeline) -> int:
+    """Tokens of a prompt that Flux's larger text encoder sees; a model's own is its ``prompt_tokens``. Raises ModelMissing."""
+    own = loaded.defaults.get("prompt_tokens", _PROMPT_TOKENS)
+    if not isinstance(own, int) or not 1 <= own <= _PROMPT_TOKENS:
+        raise ModelMissing(
+            f"model: prompt_tokens of {loaded.model.id}'s defaults.json must be 1 to {_PROMPT_TOKENS}, not {own!r}"
+        )
+    return own
 
 
 def encode_prompts(loaded: LoadedPipeline, prompts: list[str]) -> Conditioning:
@@ -204,8 +245,12 @@ def guidance_embedding(loaded: LoadedPipeline, guidance: float, count: int) -> t
 
 
 def is_guided(loaded: LoadedPipeline, guidance: float) -> bool:
-    """Whether a step needs the negative rows too."""
-    return guidance > 1.0 and getattr(loaded.denoiser.config, "time_cond_proj_dim", None) is None
+    """Whether a step needs the negative rows too; distilled networks take the guidance as an input instead."""
+    return (
+        loaded.family != "flux"
+        and guidance > 1.0
+        and getattr(loaded.denoiser.config, "time_cond_proj_dim", None) is None
+    )
 
 
 @torch.no_grad()
@@ -275,7 +320,7 @@ def encode_image(
     latents = latents.to(loaded.dtype)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     scaled: torch.Tensor
-    if loaded.family == "sd3":
+    if loaded.family in FLOWS:
         scaled = (latents - config.shift_factor) * config.scaling_factor
     elif loaded.family == "sdxl" and not painted and mean is not None and std is not None:
         spread, shift = (torch.tensor(v).view(1, -1, 1, 1).to(latents.device, latents.dtype) for v in (std, mean))

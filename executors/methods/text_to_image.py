@@ -42,6 +42,8 @@ from executors.methods.inputs import Inputs
 from executors.methods.parameters import TextToImageParameters, picture_fields
 
 USUAL_GUIDANCE = 7.5
+_EMBEDDED_GUIDANCE = 3.5
+"""Usual for Flux, whose networks take it as an input."""
 MAX_BATCH = 16
 
 
@@ -216,7 +218,8 @@ class TextToImage:
 def _complete(asked: TextToImageParameters, loaded: pipelines.LoadedPipeline, context: MethodContext) -> _Job:
     """Fill in what was left open, and read the pictures that the job begins with."""
     seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
-    guidance = asked.guidance if asked.guidance is not None else float(loaded.defaults.get("guidance", USUAL_GUIDANCE))
+    usual = _EMBEDDED_GUIDANCE if loaded.family == "flux" else USUAL_GUIDANCE
+    guidance = asked.guidance if asked.guidance is not None else float(loaded.defaults.get("guidance", usual))
     if loaded.family == "other":
         unknown = [name for name in ("image", "mask", "control") if getattr(asked, name)]
         for name in [*unknown, *(["adapters"] if context.adapters else [])]:

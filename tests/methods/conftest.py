@@ -21,6 +21,8 @@ from diffusers import (  # noqa: E402
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -31,7 +33,14 @@ from diffusers import (  # noqa: E402
     UNet2DConditionModel,
 )
 from PIL import Image  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from executors.methods.base import GivenAdapter, ModelRef  # noqa: E402
 from executors.tiny import drawing, networks  # noqa: E402
@@ -146,7 +155,7 @@ def _text_config(tokens: int, **extra: object) -> CLIPTextConfig:
 
 @pytest.fixture(scope="session")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of pipelines with random weights: ``sd`` (KL autoencoder), ``sdxl``, ``sd3`` and ``pag``, without an own loop.
+    """Directories of random pipelines: ``sd`` (KL autoencoder), ``sdxl``, ``sd3``, ``flux``; ``pag`` has no loop of ours.
 
     ``inpaint`` and ``inpaint-xl`` take masks; ``sd`` and ``sdxl`` have ControlNets beside them.
     """
@@ -194,7 +203,10 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ).save_pretrained(folder / "inpaint-xl")
     _save_controlnets(folder, parts["unet"], wide)
     _save_sd3(folder, tokenizer)
-    return {name: folder / name for name in ("sd", "sdxl", "sd3", "pag", "inpaint", "inpaint-xl")}
+    for name, distilled in (("flux", True), ("flux-fast", False)):
+        _save_flux(folder / name, tokenizer, distilled)
+    names = ("sd", "sdxl", "sd3", "flux", "flux-fast", "pag", "inpaint", "inpaint-xl")
+    return {name: folder / name for name in names}
 
 
 _ADDED = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
@@ -216,18 +228,7 @@ def _save_controlnets(folder: Path, narrow: UNet2DConditionModel, wide: UNet2DCo
 
 def _save_sd3(folder: Path, tokenizer: object) -> None:
     """A transformer without the third text encoder, as many run it."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=32,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = _random_wide_vae()
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -254,6 +255,51 @@ def _save_sd3(folder: Path, tokenizer: object) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     ).save_pretrained(folder / "sd3")
+
+
+def _random_wide_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=32,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _save_flux(folder: Path, tokenizer: object, distilled: bool) -> None:
+    """Bent by size and told its guidance, as the larger one, or neither, as the one of four steps."""
+    words = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581star", "\u2581blue", "\u2581house", "\u2581"]
+    words += [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    text = T5Config(
+        vocab_size=64, d_model=40, d_kv=8, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=16,
+        guidance_embeds=distilled,
+        axes_dims_rope=(4, 6, 6),
+    )
+    FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
+        vae=_random_wide_vae(),
+        text_encoder=CLIPTextModel(_text_config(len(tokenizer))),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(text),
+        tokenizer_2=T5TokenizerFast(vocab=[(word, -float(rank)) for rank, word in enumerate(words)], extra_ids=0),
+    ).save_pretrained(folder)
+    (folder / "defaults.json").write_text('{"prompt_tokens": 24}\n', encoding="utf-8")
 
 
 def _second_config(tokens: int) -> CLIPTextConfig:

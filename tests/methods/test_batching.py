@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from executors.batching.batch import RunningBatch
+from executors.batching.conditions import PromptEncoder
+from executors.batching.lora import AdapterBank
 from executors.batching.previews import PreviewMap
 from executors.batching.requests import (
     BatchEvent,
@@ -241,6 +243,37 @@ def test_prompts_that_enter_together_are_encoded_together_and_only_once(
     batch.admit(asked("d", prompt="a blue house"))
     drained(batch)
     assert calls == [2, 2]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_families_encode_prompts_together_as_they_do_alone(
+    model_ref: Callable[..., ModelRef], monkeypatch: pytest.MonkeyPatch, family: str, guided: bool
+) -> None:
+    loaded = pipelines.load(model_ref(family), "cpu")
+    guidance = 4.0 if guided else 1.0
+    requests = [
+        PictureRequest("a", "a red star", guidance=guidance),
+        PictureRequest("b", "a blue house", "" if family == "flux" else "a star", guidance=guidance),
+        PictureRequest("c", "a green house on a star", guidance=guidance),
+    ]
+    calls: list[int] = []
+    forward = loaded.pipe.text_encoder_2.forward
+
+    def counted(tokens: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        calls.append(len(tokens))
+        return forward(tokens, *arguments, **named)
+
+    monkeypatch.setattr(loaded.pipe.text_encoder_2, "forward", counted)
+    together = PromptEncoder(loaded, AdapterBank(loaded)).encode(requests)
+    # Only SDXL cannot say in one call that some have a negative prompt and others none.
+    assert calls[0] == (2 if family == "sdxl" and guided else 3)
+    for request, found in zip(requests, together, strict=True):
+        alone = sampling.encode_prompt(loaded, request.prompt, request.negative_prompt, guided and family != "flux")
+        for name in ("positive", "negative", "pooled_positive", "pooled_negative"):
+            one, other = getattr(found, name), getattr(alone, name)
+            assert (one is None) == (other is None), name
+            assert one is None or torch.allclose(one, other, atol=1e-5), name
 
 
 def test_previews_come_every_few_steps_and_look_like_the_picture(tiny: pipelines.LoadedPipeline) -> None:
