@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from engine.tasks import SECOND, TaskSpec, TaskType
 from predictors import physics
+from predictors.activations import TRAINING_ROWS
 
 Feature = str | int | float
 Key = tuple[Feature, ...]
@@ -45,17 +46,22 @@ class Request:
     pixels: int
     """Pixels per picture; 0 when unknown."""
     batch: int
+    """Pictures of a generation, rows of a training's batch."""
     weights_bytes: int
     """Size of the model's weights in GPU memory; 0 when unknown."""
     family: str
+    full: bool = False
+    """A training changes all weights, not an adapter."""
+    frugal: bool = False
+    """A training computes activations twice instead of keeping them."""
 
 
 def read_request(features: Mapping[str, Feature]) -> Request:
     """Return the request that a feature mapping describes.
 
     Known names: ``method, task_type, model, user, kind, images, steps, width, height, loras, lora_set, style, prompt_length,
-    declared_us, seconds, in_flight, in_flight_model, weights_bytes, family, guidance``; others are ignored. Raises ValueError when
-    a number is not finite or not a number.
+    declared_us, seconds, in_flight, in_flight_model, weights_bytes, family, guidance``, and of a training ``rows`` and ``frugal``;
+    others are ignored. Raises ValueError when a number is not finite or not a number.
     """
     get = features.get
     method = str(get("method") or get("task_type") or "")
@@ -90,9 +96,11 @@ def read_request(features: Mapping[str, Feature]) -> Request:
         work_s=work_s,
         traits=(loras, math.log1p(prompt_length)),
         pixels=int(pixels),
-        batch=max(1, int(images)),
+        batch=max(1, int((_number(features, "rows") or TRAINING_ROWS) if method in TRAINING_METHODS else images)),
         weights_bytes=int(weights_bytes),
         family=family_name,
+        full=training and get("style") == "full",
+        frugal=training and bool(get("frugal")),
     )
 
 

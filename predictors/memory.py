@@ -134,13 +134,14 @@ def _counted(request: Request) -> tuple[float, float, bool]:
         of,
         weights_bytes=request.weights_bytes,
         pixels=request.pixels,
-        rows=1 if training else request.batch,
+        rows=request.batch,
         training=training,
+        trained_parameters=of.unet_parameters + of.text_parameters if request.full else 0,
+        frugal=request.frugal,
     )
     weights = float(request.weights_bytes or of.weights_bytes)
     return weights, max(1.0, total - weights), family is not None
 
 
 def _size(request: Request) -> float:
-    rows = 1 if request.method in TRAINING_METHODS else request.batch
-    return float((request.pixels or 512 * 512) * rows)
+    return float((request.pixels or 512 * 512) * request.batch)

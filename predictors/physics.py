@@ -13,6 +13,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from predictors import step_times
+from predictors.activations import (
+    ATTENTION_AT_FULL_SIZE,
+    AUTOENCODER,
+    CONVOLUTION_AT_FULL_SIZE,
+    HALF_BYTES,
+    TRAINED_BYTES,
+    TRAINING,
+    Activations,
+)
 
 GIB = 2**30
 MIB = 2**20
@@ -32,12 +41,20 @@ class Family:
     weights_bytes: int
     """Half-precision weights that a Pod holds; for SD 1.5 with its safety checker."""
     unet_parameters: int
-    activation_per_pixel: int
-    """Peak bytes of activations per picture pixel and row."""
+    activations: Activations
+    """What its networks keep alive while they compute."""
     adapter_per_rank: float
     """Bytes of a half-precision adapter on the attention layers, per rank."""
     native_px: int
     """Edge of the square picture the family was trained for, in pixels."""
+    text_parameters: int
+    """Of its text encoders, which trainings change too."""
+
+    @property
+    def activation_per_pixel(self) -> float:
+        """Peak bytes of activations per pixel of a guided picture in half precision."""
+        side = self.native_px
+        return self.activations.picture_bytes(side, side) / side**2
 
     def forward_flops(self, width: float, height: float) -> float:
         """Return the operations of one UNet forward for one row of a picture of that size in pixels."""
@@ -46,10 +63,41 @@ class Family:
 
 
 SD15 = Family(
-    "sd15", 7.30e3, 1.655e8, 3.0e9, 2.5e12 / 512**2, int(2.55 * GIB), 859_520_000, 1_760, 7 * MIB / 16, native_px=512
+    "sd15",
+    quadratic=7.30e3,
+    linear=1.655e8,
+    constant=3.0e9,
+    decode_per_pixel=2.5e12 / 512**2,
+    weights_bytes=int(2.55 * GIB),
+    unet_parameters=859_520_964,
+    activations=Activations(
+        step=ATTENTION_AT_FULL_SIZE * 320,
+        decode=AUTOENCODER * 128,
+        train=TRAINING[True][0] * 320,
+        frugal=TRAINING[True][1] * 320,
+    ),
+    adapter_per_rank=7 * MIB / 16,
+    native_px=512,
+    text_parameters=123_060_480,
 )
 SDXL = Family(
-    "sdxl", 2.80e3, 3.636e8, 5.25e10, 10.5e12 / 1024**2, int(6.46 * GIB), 2_567_460_000, 2_557, 49 * MIB / 16, 1024
+    "sdxl",
+    quadratic=2.80e3,
+    linear=3.636e8,
+    constant=5.25e10,
+    decode_per_pixel=10.5e12 / 1024**2,
+    weights_bytes=int(6.46 * GIB),
+    unet_parameters=2_567_463_684,
+    activations=Activations(
+        step=CONVOLUTION_AT_FULL_SIZE * 320,
+        decode=AUTOENCODER * 128,
+        upcasts=True,
+        train=TRAINING[False][0] * 320,
+        frugal=TRAINING[False][1] * 320,
+    ),
+    adapter_per_rank=49 * MIB / 16,
+    native_px=1024,
+    text_parameters=817_720_320,
 )
 FAMILIES = {family.name: family for family in (SD15, SDXL)}
 _ALIASES = {
@@ -171,18 +219,22 @@ def peak_bytes(
     rows: float = 1.0,
     training: bool = False,
     trained_parameters: int = 0,
+    frugal: bool = False,
 ) -> int:
     """Return the peak of GPU memory: weights, exact where they are given, plus activations by pixels of all rows.
 
-    A training keeps 16 bytes per trained parameter (Adam, with gradients and full-precision weights) and about six times the
-    activations; without ``trained_parameters`` it trains an adapter of rank 16.
+    The rows of a generation are its pictures, those of a training all that go through the network at once, prior rows included;
+    `frugal`: it computes activations twice instead of keeping them. A training keeps 16 bytes per trained parameter (Adam, with
+    gradients and full-precision weights); without ``trained_parameters`` it trains an adapter of rank 16.
     """
     weights = weights_bytes or family.weights_bytes
-    activations = family.activation_per_pixel * (pixels or family.native_px**2) * max(1.0, rows)
+    side = math.sqrt(pixels or family.native_px**2)
+    rows = max(1.0, rows)
     if training:
         trained = trained_parameters or int(family.adapter_per_rank * 16 / 2)
-        return int(weights + 16 * trained + 6 * activations)
-    return int(weights + activations)
+        working = family.activations.train_bytes(side, side, rows, HALF_BYTES, frugal=frugal)
+        return int(weights + TRAINED_BYTES * trained + working)
+    return int(weights + family.activations.picture_bytes(side, side) * rows)
 
 
 @lru_cache(maxsize=1024)

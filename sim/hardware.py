@@ -14,7 +14,8 @@ from typing import Protocol
 
 from engine.resources import GpuSpec, NodeSpec
 from engine.tasks import SECOND, Micros, TaskSpec
-from predictors import step_times
+from predictors import physics, step_times
+from predictors.activations import TRAINING_ROWS
 from predictors.step_times import StepTimes
 from sim.caches import Source
 from sim.measured_loads import MeasuredLoads
@@ -72,10 +73,9 @@ class Family:
     constant: float
     decode_per_pixel: float
     """Operations of the image decoder per picture pixel."""
-    activation_per_pixel: int
-    """Bytes of activations per picture pixel and batch row."""
-    unet_parameters: int
     native_size: int
+    counted: physics.Family
+    """The family's memory, from the one source that plans and predictions rest on."""
 
     def forward(self, width: int, height: int) -> float:
         """Operations of one UNet forward for one row."""
@@ -84,8 +84,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "sd15": Family("sd15", int(2.55 * GIB), 7.30e3, 1.655e8, 3.0e9, 2.5e12 / 512**2, 1_760, 859_520_000, 512),
-    "sdxl": Family("sdxl", int(6.46 * GIB), 2.80e3, 3.636e8, 5.25e10, 10.5e12 / 1024**2, 2_557, 2_567_460_000, 1024),
+    "sd15": Family("sd15", int(2.55 * GIB), 7.30e3, 1.655e8, 3.0e9, 2.5e12 / 512**2, 512, physics.SD15),
+    "sdxl": Family("sdxl", int(6.46 * GIB), 2.80e3, 3.636e8, 5.25e10, 10.5e12 / 1024**2, 1024, physics.SDXL),
 }
 
 
@@ -318,9 +318,18 @@ class Hardware:
         pixels = _number(features, "width", family.native_size) * _number(features, "height", family.native_size)
         rows = min(self.batch_rows, max(1, round(_number(features, "images", 1.0))))
         if task.method == "dreambooth":
-            trained = family.unet_parameters if features.get("kind") == "full" else family.unet_parameters // 100
-            return round(family.weight_bytes + 16 * trained + 6 * family.activation_per_pixel * pixels)
-        return round(family.weight_bytes + family.activation_per_pixel * pixels * rows)
+            counted = family.counted
+            full = "full" in (features.get("kind"), features.get("method"))
+            return physics.peak_bytes(
+                counted,
+                weights_bytes=family.weight_bytes,
+                pixels=pixels,
+                rows=_number(features, "rows", TRAINING_ROWS),
+                training=True,
+                trained_parameters=counted.unet_parameters + counted.text_parameters if full else 0,
+                frugal=bool(features.get("frugal")),
+            )
+        return physics.peak_bytes(family.counted, weights_bytes=family.weight_bytes, pixels=pixels, rows=rows)
 
 
 def _number(features: dict[str, str | int | float], name: str, default: float) -> float:

@@ -1,8 +1,7 @@
 """What a model in a directory needs: its weights exactly, from the headers of its files, and its activations from its architecture.
 
-Activations were counted by tracing the architectures with fake tensors, every live storage at every operation: their peak grows
-in proportion to rows, to pixels, and to the width of the first layer. That factor is a property of the family; the tests trace
-the true architectures anew and compare. Reads headers only, imports no torch.
+How many numbers an architecture keeps alive stands in `predictors.activations`, which predictions rest on too. Reads headers only,
+imports no torch.
 """
 
 from __future__ import annotations
@@ -15,25 +14,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from predictors.activations import (
+    ATTENTION_AT_FULL_SIZE,
+    AUTOENCODER,
+    CONVOLUTION_AT_FULL_SIZE,
+    JOINT_TRANSFORMER,
+    PACKED_TRANSFORMER,
+    TINY_AUTOENCODER,
+    TRAINING,
+    Activations,
+)
+
 _HEADER_MAX_BYTES = 100 << 20
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
-ATTENTION_AT_FULL_SIZE = 26.1
-"""Live elements at the peak of a UNet's step, for each latent place, row and channel of its first block: SD 1.x and 2.x."""
-CONVOLUTION_AT_FULL_SIZE = 15.9
-"""The same where the first block has no attention: SDXL."""
-TRAINING = {True: (366.0, 95.0), False: (683.0, 69.0)}
-"""Live elements of a UNet's forward and backward pass, as above, by whether its first block attends: kept, and computed twice."""
-JOINT_TRANSFORMER = 13.5
-"""Live elements of a joint transformer's step, for each token, row and channel of its width: SD3."""
-PACKED_TRANSFORMER = 20.0
-"""The same for Flux, whose single blocks hold attention and feed-forward side by side."""
-AUTOENCODER = 6.0
-"""Live elements of a KL autoencoder's decoding, for each pixel and channel of its last block."""
-TINY_AUTOENCODER = 2.1
-TILE_PX = 512
-"""Side of the tiles in which large pictures are decoded."""
 _FAMILIES = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
 STEPPED = frozenset({"unet", "transformer"})
 
@@ -77,6 +72,18 @@ class Footprint:
     """Side of the pictures that the model was made for."""
 
     @cached_property
+    def activations(self) -> Activations:
+        """What the model keeps alive, in numbers."""
+        return Activations(
+            step=self.step_elements,
+            decode=self.decode_elements,
+            factor=self.factor,
+            upcasts=self.upcasts,
+            train=self.train_elements,
+            frugal=self.frugal_elements,
+        )
+
+    @cached_property
     def stepped(self) -> tuple[str, ...]:
         """The parts that every step needs."""
         return tuple(name for name in self.parts if name in STEPPED)
@@ -88,22 +95,15 @@ class Footprint:
 
     def step_bytes(self, width: int, height: int, rows: int, item_bytes: int) -> int:
         """Return the peak of activations in one call of the network; a guided picture has two rows."""
-        places = -(-width // self.factor) * -(-height // self.factor)
-        return math.ceil(self.step_elements * places * rows * item_bytes)
+        return self.activations.step_bytes(width, height, rows, item_bytes)
 
     def train_bytes(self, width: int, height: int, rows: int, item_bytes: int, *, frugal: bool = False) -> int:
         """Return the peak of activations in a training's step; `frugal`: they are computed twice instead of kept."""
-        places = -(-width // self.factor) * -(-height // self.factor)
-        return math.ceil((self.frugal_elements if frugal else self.train_elements) * places * rows * item_bytes)
+        return self.activations.train_bytes(width, height, rows, item_bytes, frugal=frugal)
 
     def decode_bytes(self, width: int, height: int, pictures: int, item_bytes: int, tiled: bool = False) -> int:
         """Return the peak of activations in decoding so many pictures at once, or one after the other in tiles."""
-        item_bytes = 4 if self.upcasts else item_bytes
-        pixels = width * height
-        if tiled:
-            shown = 3 * 3 * pixels * item_bytes  # Rows of finished tiles, joined twice.
-            return math.ceil(self.decode_elements * min(pixels, TILE_PX**2) * item_bytes) + shown
-        return math.ceil(self.decode_elements * pixels * pictures * item_bytes)
+        return self.activations.decode_bytes(width, height, pictures, item_bytes, tiled)
 
 
 def read_footprint(folder: Path) -> Footprint:

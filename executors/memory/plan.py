@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from executors.memory.footprint import Footprint
+from predictors.activations import TRAINED_BYTES
 
 GIB = 1 << 30
 MARGIN = 1.25
@@ -152,10 +153,6 @@ class TrainingNeeds:
     """Activations are computed twice instead of kept."""
 
 
-_TRAINED_BYTES = 16
-"""Of a trained number: itself, its gradient and two moments, in single precision."""
-
-
 def training_parts(footprint: Footprint, item_bytes: int, needs: TrainingNeeds, free_bytes: int) -> int:
     """Return into how many parts a batch must be cut to fit what is free beside the weights; one row each at most."""
     each = footprint.train_bytes(needs.side_px, needs.side_px, 1, item_bytes, frugal=needs.frugal) * MARGIN
@@ -185,7 +182,7 @@ def _trained_bytes(footprint: Footprint, needs: TrainingNeeds) -> int:
     """Memory of what is trained; an adapter's is small beside everything else."""
     if not needs.full:
         return 0
-    return _TRAINED_BYTES * sum(footprint.parts[name].numbers for name in needs.parts if name in footprint.parts)
+    return TRAINED_BYTES * sum(footprint.parts[name].numbers for name in needs.parts if name in footprint.parts)
 
 
 def described(footprint: Footprint, item_bytes: int, room_bytes: int) -> tuple[Place, str]:
