@@ -51,3 +51,4 @@ def _check_controls(request: PictureRequest, controls: ControlNets) -> None:
         if control.picture.size != (request.width, request.height):
             wide, high = control.picture.size
             raise InputRefused("control", f"is {wide}x{high}, the picture to make is {request.width}x{request.height}")
+    controls.together(names)

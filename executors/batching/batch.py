@@ -179,7 +179,7 @@ class RunningBatch:
             del self._waiting[request.id]
             self._begun.pop(request.id, None)
             try:
-                trajectory = trajectory or Trajectory(self._loaded, request, kept)
+                trajectory = trajectory or Trajectory(self._loaded, request, kept, self.controls)
             except Exception as error:
                 events.append(Failed(request.id, error))
                 continue
@@ -213,7 +213,7 @@ class RunningBatch:
 
     def _begin(self, kept: KeptPicture) -> tuple[KeptPicture, Trajectory | Exception]:
         try:
-            trajectory = Trajectory(self._loaded, kept.request, kept)
+            trajectory = Trajectory(self._loaded, kept.request, kept, self.controls)
             self._encode([trajectory])
             if kept.request.preview_every:
                 self._preview_map()

@@ -47,7 +47,7 @@ class AdapterBank:
 
     def __init__(self, loaded: LoadedPipeline) -> None:
         self._layers = {
-            adapters.weight_key(part, name): _Layer(module)
+            adapters.weight_key(part, name): _Layer(module, loaded.device)
             for part, whole in loaded.parts.items()
             for name, module in whole.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
@@ -243,8 +243,10 @@ class _Slots:
 class _Layer:
     """A base layer with room for the differences of several sets of adapters, [slots, rank, in] and [slots, out, rank]."""
 
-    def __init__(self, module: torch.nn.Linear | torch.nn.Conv2d) -> None:
+    def __init__(self, module: torch.nn.Linear | torch.nn.Conv2d, device: torch.device) -> None:
         self._module = module
+        self._device = device
+        """Where it computes; between calls its weights may lie elsewhere."""
         self._hooked = False
         self.active = False
         self.down: torch.Tensor | None = None
@@ -277,16 +279,15 @@ class _Layer:
         return pair
 
     def placed(self, pair: lora_files.Pair) -> lora_files.Pair:
-        """Bring a pair to where the layer is, ``up`` as [out, rank]."""
-        weight = self._module.weight
-        down, up = (each.detach().to(weight.device, weight.dtype) for each in pair)
+        """Bring a pair to where the layer computes, ``up`` as [out, rank]."""
+        down, up = (each.detach().to(self._device, self._module.weight.dtype) for each in pair)
         return down, up.reshape(up.shape[0], up.shape[1])
 
     def allocate(self, slots: int, rank: int) -> None:
         """Make empty room; what was written is gone."""
         weight = self._module.weight
-        self.down = weight.new_zeros((slots, rank, *weight.shape[1:]))
-        self._up = weight.new_zeros((slots, weight.shape[0], rank))
+        self.down = weight.new_zeros((slots, rank, *weight.shape[1:]), device=self._device)
+        self._up = weight.new_zeros((slots, weight.shape[0], rank), device=self._device)
         self._selected = None
         if not self._hooked:
             self._module.register_forward_hook(self._after)

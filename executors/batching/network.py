@@ -50,7 +50,7 @@ class Network:
         if self._loaded.family == "flux":
             return list(torch.split(self._packed(members, inputs, times, followed, extra), each))
         if members[0].request.controls:
-            extra |= self._controlled(members, each, inputs, times, followed, extra)
+            extra |= self._controlled(members, inputs, times, followed, extra)
         if beginnings.takes_parts(self._loaded):
             seen = [part for trajectory in members for part in [trajectory.seen()] * each if part is not None]
             inputs = torch.cat([inputs, torch.cat(seen)], dim=1)
@@ -88,27 +88,28 @@ class Network:
         if self._loaded.denoiser.config.guidance_embeds:
             given["guidance"] = guidance
         # The network multiplies times by a thousand again, in its own precision.
-        times = times.to(latents.dtype) / 1000
+        times, tokens = times.to(latents.dtype) / 1000, packing.pack(latents)
+        if members[0].request.controls:
+            given |= self._controlled(members, tokens, times, states, {**given, "guidance": guidance})
         with self._bank.applied([trajectory.request.adapters for trajectory in members], "steps"):
-            guess = self._call(packing.pack(latents), times, states, given)
+            guess = self._call(tokens, times, states, given)
         return packing.unpack(guess, height, width)
 
     def _controlled(
         self,
         members: Sequence[Trajectory],
-        each: int,
         rows: torch.Tensor,
         times: torch.Tensor,
         states: torch.Tensor,
         extra: dict[str, Any],
     ) -> dict[str, Any]:
-        """What the ControlNets of a bucket add to the blocks of the UNet."""
+        """What the ControlNets of a bucket add to the blocks of the network."""
+        each = len(rows) // len(members)
         names = [control.name for control in members[0].request.controls]
         numbers = range(len(names))
         pictures = [torch.cat([t.control(number) for t in members for _ in range(each)]) for number in numbers]
         scales = [[t.control_scale(number) for t in members for _ in range(each)] for number in numbers]
-        known = {name: extra[name] for name in ("added_cond_kwargs",) if name in extra}
-        return self._controls.residuals(names, rows, times, states, pictures, scales, **known)
+        return self._controls.residuals(names, rows, times, states, pictures, scales, extra)
 
     def _sizes_and_pooled(self, members: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
         """SDXL's further inputs, the rows of each picture together."""

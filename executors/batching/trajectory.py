@@ -9,6 +9,7 @@ import torch
 
 from executors.batching import beginnings, scheduler_state
 from executors.batching.beginnings import Beginning, Painting
+from executors.batching.controls import ControlNets
 from executors.batching.requests import KeptPicture, PictureRequest
 from executors.methods import sampling
 from executors.methods.pipelines import LoadedPipeline
@@ -19,8 +20,14 @@ _LATENTS, _GENERATOR, _SCHEDULER = "latents", "generator", "scheduler/"
 class Trajectory:
     """The state of one request between two steps. A fresh one starts at the seed's noise, another where it was kept."""
 
-    def __init__(self, loaded: LoadedPipeline, request: PictureRequest, kept: KeptPicture | None = None) -> None:
-        """Raises ValueError when what was kept does not fit the model."""
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        request: PictureRequest,
+        kept: KeptPicture | None = None,
+        controls: ControlNets | None = None,
+    ) -> None:
+        """`controls` are those that the request may follow. Raises ValueError when what was kept does not fit the model."""
         self.request = request
         self.guided = sampling.is_guided(loaded, request.guidance)
         self.conditioning: sampling.Conditioning | None = None
@@ -35,7 +42,11 @@ class Trajectory:
         self._times = self._scheduler.timesteps[self._skipped() :]
         self._beginning = Beginning(loaded, request, self._scheduler, self._generator)
         self._painting: Painting | None = None
-        self._controls: tuple[torch.Tensor, ...] | None = None
+        self._controls: tuple[torch.Tensor, ...] = ()
+        if controls is not None:
+            # Before anything else is drawn, as the plain pipelines do.
+            rows = 2 if self.guided else 1
+            self._controls = tuple(controls.followed(each, rows, self._generator) for each in request.controls)
         self.done = 0
         if kept is None or not kept.tensors:
             self.latents, self._painting = self._beginning.make(self._times[0])
@@ -63,7 +74,7 @@ class Trajectory:
     def tensors(self) -> list[torch.Tensor | None]:
         """Everything on the device that the first step uses."""
         one, own = self.conditioning, self._painting
-        found: list[torch.Tensor | None] = [self.latents, self.times_condition]
+        found: list[torch.Tensor | None] = [self.latents, self.times_condition, *self._controls]
         if one is not None:
             found += [one.positive, one.negative, one.pooled_positive, one.pooled_negative]
         if own is not None:
@@ -76,9 +87,7 @@ class Trajectory:
         return None if painting is None or painting.seen is None else torch.cat([painting.mask, painting.seen], dim=1)
 
     def control(self, index: int) -> torch.Tensor:
-        """What a ControlNet follows, [1, 3, height, width] in [0, 1]."""
-        if self._controls is None:
-            self._controls = tuple(_control(each.picture, self._loaded) for each in self.request.controls)
+        """What a ControlNet follows, a row of one."""
         return self._controls[index]
 
     def control_scale(self, index: int) -> float:
@@ -148,9 +157,3 @@ class Trajectory:
         # Times stay on the CPU: a scheduler that looks its step up there makes no GPU wait.
         sampling.set_times(self._loaded, scheduler, request.steps, request.width, request.height, "cpu")
         return scheduler
-
-
-def _control(picture: Any, loaded: LoadedPipeline) -> torch.Tensor:
-    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    levels = pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255.0
-    return levels.contiguous().to(loaded.device, loaded.dtype)

@@ -336,11 +336,12 @@ def draws_latents(loaded: LoadedPipeline) -> bool:
 
 
 @torch.no_grad()
-def encode_pixels(loaded: LoadedPipeline, pixels: torch.Tensor) -> torch.Tensor:
+def encode_pixels(loaded: LoadedPipeline, pixels: torch.Tensor, *, shifted: bool = True) -> torch.Tensor:
     """Scaled latents of [-1, 1] pictures [n, 3, height, width]; a KL autoencoder gives its distribution's mean."""
     vae = loaded.pipe.vae
     with loaded.vae_precision(None):  # Another thread may be decoding in another precision.
         encoded = vae.encode(pixels.to(loaded.device, vae.dtype))
     latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-    result: torch.Tensor = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    shift = (getattr(vae.config, "shift_factor", None) or 0.0) if shifted else 0.0
+    result: torch.Tensor = (latents - shift) * vae.config.scaling_factor
     return result

@@ -21,8 +21,10 @@ from diffusers import (  # noqa: E402
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -157,7 +159,7 @@ def _text_config(tokens: int, **extra: object) -> CLIPTextConfig:
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of random pipelines: ``sd`` (KL autoencoder), ``sdxl``, ``sd3``, ``flux``; ``pag`` has no loop of ours.
 
-    ``inpaint`` and ``inpaint-xl`` take masks; ``sd`` and ``sdxl`` have ControlNets beside them.
+    ``inpaint`` and ``inpaint-xl`` take masks; all but these have ControlNets beside them.
     """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -205,6 +207,7 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     _save_sd3(folder, tokenizer)
     for name, distilled in (("flux", True), ("flux-fast", False)):
         _save_flux(folder / name, tokenizer, distilled)
+    _save_flow_controlnets(folder)
     names = ("sd", "sdxl", "sd3", "flux", "flux-fast", "pag", "inpaint", "inpaint-xl")
     return {name: folder / name for name in names}
 
@@ -257,11 +260,48 @@ def _save_sd3(folder: Path, tokenizer: object) -> None:
     ).save_pretrained(folder / "sd3")
 
 
-def _random_wide_vae() -> AutoencoderKL:
+def _save_flow_controlnets(folder: Path) -> None:
+    """``blind`` sees neither prompt nor places of its own, ``hinted`` its picture as it is; some do not fit."""
+    joint = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4, "caption_projection_dim": 32}
+    joint |= {"sample_size": 16, "joint_attention_dim": 40, "pooled_projection_dim": 48, "pos_embed_max_size": 32}
+    blind = {"joint_attention_dim": None, "use_pos_embed": False, "force_zeros_for_pooled_projection": False}
+    packed = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    packed |= {"joint_attention_dim": 40, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    told = {"guidance_embeds": True}
+    hinted = {"patch_size": 2, "num_single_layers": 0, "conditioning_embedding_channels": 16}
+    nets = {
+        "sd3/controlnets/canny": SD3ControlNetModel(**joint),
+        "sd3/controlnets/depth": SD3ControlNetModel(**joint),
+        "sd3/controlnets/blind": SD3ControlNetModel(**{**joint, **blind}),
+        "sd3/controlnets/few": SD3ControlNetModel(**{**joint, "num_layers": 1}),
+        "sd3/controlnets/masked": SD3ControlNetModel(**joint, extra_conditioning_channels=1),
+        "sd3/controlnets/narrow": SD3ControlNetModel(
+            **{**joint, "attention_head_dim": 4, "caption_projection_dim": 16}
+        ),
+        "flux/controlnets/canny": FluxControlNetModel(**packed, **told),
+        "flux/controlnets/depth": FluxControlNetModel(**packed),
+        "flux/controlnets/pose": FluxControlNetModel(**packed, **told),
+        "flux/controlnets/union": FluxControlNetModel(**packed, num_mode=4),
+        "flux-fast/controlnets/hinted": FluxControlNetModel(**{**packed, **hinted}),
+    }
+    for path, net in nets.items():
+        # Fresh ones are zero and would change nothing.
+        blocks = [*net.controlnet_blocks, *getattr(net, "controlnet_single_blocks", [])]
+        seeing = net.pos_embed_input.proj if hasattr(net, "pos_embed_input") else net.controlnet_x_embedder
+        for block in (*blocks, seeing):
+            torch.nn.init.normal_(block.weight, std=0.3)
+        if getattr(net, "input_hint_block", None) is not None:
+            torch.nn.init.normal_(net.input_hint_block.conv_out.weight, std=0.2)
+        net.save_pretrained(folder / path)
+    shutil.copytree(folder / "sd3" / "controlnets" / "canny", folder / "flux" / "controlnets" / "foreign")
+
+
+def _random_wide_vae(blocks: int = 2) -> AutoencoderKL:
+    """One of 16 channels, of which each place is 2 pixels wide, or 8 with four blocks."""
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16, 16, 16)[:blocks],
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=16,
         norm_num_groups=8,
         sample_size=32,
@@ -293,7 +333,7 @@ def _save_flux(folder: Path, tokenizer: object, distilled: bool) -> None:
     FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
-        vae=_random_wide_vae(),
+        vae=_random_wide_vae(2 if distilled else 4),
         text_encoder=CLIPTextModel(_text_config(len(tokenizer))),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(text),

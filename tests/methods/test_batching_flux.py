@@ -91,7 +91,7 @@ def paused_and_resumed(batch: RunningBatch, asked: PictureRequest) -> Any:
 
 KINDS = {
     "text": request(),
-    "text, another size": request(width=48, height=20, steps=4, guidance=1.0),
+    "text, another size": request(width=48, height=16, steps=4, guidance=1.0),
     "image": request(image=drawn(1), strength=0.65, steps=7),
     "mask": request(image=drawn(2), mask=half(), strength=0.8),
     "mask, all steps": request(image=drawn(2), mask=half()),
@@ -241,5 +241,5 @@ def test_a_flux_job_has_the_family_s_guidance_and_size(
 def test_a_flux_model_s_wrong_number_of_tokens_is_named(model_ref: Callable[..., ModelRef], own: object) -> None:
     loaded = pipelines.load(model_ref("flux"), "cpu")
     loaded.defaults = {"prompt_tokens": own}
-    with pytest.raises(ModelMissing, match="prompt_tokens of flux's defaults.json must be 1 to 512"):
+    with pytest.raises(ModelMissing, match="prompt_tokens of flux's defaults"):
         sampling.encode_prompt(loaded, "a red star", "", False)
