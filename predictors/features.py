@@ -19,6 +19,19 @@ COVARIATES = 4
 TRAINING_METHODS = frozenset({"dreambooth"})
 _STEPS, _TRAINING_STEPS = 30.0, 400.0
 _PIXELS = 512.0 * 512.0
+_NUMBERS = (
+    "images",
+    "steps",
+    "width",
+    "height",
+    "loras",
+    "prompt_length",
+    "seconds",
+    "weights_bytes",
+    "declared_us",
+    "in_flight",
+    "in_flight_model",
+)
 _USUAL_WORK_S = physics.run_seconds(physics.SD15)
 
 
@@ -67,15 +80,11 @@ def read_request(features: Mapping[str, Feature]) -> Request:
     method = str(get("method") or get("task_type") or "")
     model = str(get("model") or "")
     user = str(get("user") or "")
-    images = _number(features, "images")
-    steps = _number(features, "steps")
-    width = _number(features, "width")
-    pixels = width * (_number(features, "height") or width)
-    loras = _number(features, "loras")
-    prompt_length = _number(features, "prompt_length")
+    images, steps, width, height, loras, prompt_length, seconds, weights_bytes, declared_us, in_flight, of_its_model = [
+        0.0 if (value := get(name)) is None else _number(name, value) for name in _NUMBERS
+    ]
+    pixels = width * (height or width)
     with_lora = 1 if loras > 0 or get("lora_set") else 0
-    seconds = _number(features, "seconds")
-    weights_bytes = _number(features, "weights_bytes")
     family_name = str(get("family") or "")
     family = physics.family_of(family_name, int(weights_bytes)) if family_name or weights_bytes else None
     of_model: Key = (model, with_lora)
@@ -91,12 +100,12 @@ def read_request(features: Mapping[str, Feature]) -> Request:
         ladder=((), (model,), of_model, shape, style),
         memories=(user, user, user, of_user, of_user, of_model, model, model, None),
         covariates=covariates,
-        load=(math.log1p(_number(features, "in_flight")), math.log1p(_number(features, "in_flight_model"))),
-        declared_s=_number(features, "declared_us") / SECOND or seconds,
+        load=(math.log1p(in_flight), math.log1p(of_its_model)),
+        declared_s=declared_us / SECOND or seconds,
         work_s=work_s,
         traits=(loras, math.log1p(prompt_length)),
         pixels=int(pixels),
-        batch=max(1, int((_number(features, "rows") or TRAINING_ROWS) if method in TRAINING_METHODS else images)),
+        batch=max(1, int((_number("rows", get("rows")) or TRAINING_ROWS) if method in TRAINING_METHODS else images)),
         weights_bytes=int(weights_bytes),
         family=family_name,
         full=training and get("style") == "full",
@@ -124,7 +133,7 @@ def _covariates(
         height=edge,
         steps=steps,
         images=images,
-        guided=not 0.0 < _number(features, "guidance") <= 1.0,
+        guided=not 0.0 < _number("guidance", features.get("guidance")) <= 1.0,
         training=training,
     )
     return (log_images, log_steps, log_pixels, math.log(work_s / _USUAL_WORK_S)), work_s
@@ -144,8 +153,7 @@ def task_features(task: TaskSpec) -> dict[str, Feature]:
     return features
 
 
-def _number(features: Mapping[str, Feature], name: str) -> float:
-    value = features.get(name)
+def _number(name: str, value: Feature | None) -> float:
     if value is None or value == "":
         return 0.0
     if isinstance(value, float) and 0.0 <= value < math.inf:

@@ -169,7 +169,7 @@ def memory_curve(rows: Sequence[Row], count: int = 4000, seed: int = 1) -> Memor
         peaks.append(peak)
         expected.append(model.expected_bytes(request, at_s))
         counted.append(physics.peak_bytes(family, pixels=side * side, rows=request.batch))
-        p99.append(model.p99_bytes(request, at_s))
+        p99.append(model.packed_bytes(request, at_s))
         model.learn(request, at_s, int(peak))
     came, guess, plain, limit = (np.array(values, dtype=np.float64) for values in (peaks, expected, counted, p99))
     return MemoryCurve(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from predictors.decay import Cell
-from predictors.features import COVARIATES, Covariates, Key
+from predictors.features import Covariates, Key
 
 _GUESS_STRENGTH = 0.25
 

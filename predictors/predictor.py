@@ -58,7 +58,7 @@ class Prediction:
     """At `LEVELS`, never decreasing."""
     failure_chance: float
     gpu_memory_bytes: int
-    """P99 of the peak per GPU; 0 when unknown."""
+    """What the peak per GPU stays below in all but four tasks of a thousand; 0 when unknown."""
     elapsed_us: Micros
     """The task is known to have run so long; all times count from its start and are at least this."""
     outlook: Outlook
@@ -135,7 +135,7 @@ class Predictor:
             mean_us=mean_us,
             quantiles_us=quantiles_us,
             failure_chance=self.failures.chance(request, now_s),
-            gpu_memory_bytes=self.memory.p99_bytes(request, now_s),
+            gpu_memory_bytes=self.memory.packed_bytes(request, now_s),
             elapsed_us=elapsed_us,
             outlook=outlook,
             log_ratio=log_ratio,

@@ -89,7 +89,8 @@ def _predictor(predictor: Predictor) -> dict[str, Any]:
         "methods": [[name, _duration(model)] for name, model in predictor.methods.items()],
         "failures": _rows(predictor.failures.rates.rows()),
         "memory": {
-            "families": _rows(predictor.memory.families.rows()),
+            "family_lines": [[key, cell] for key, cell in predictor.memory.families.items()],
+            "firsts": _rows(predictor.memory.firsts.rows()),
             "lines": [[key, cell] for key, cell in predictor.memory.lines.items()],
             "pool": predictor.memory.pool.state(),
             "floors": [[key, value] for key, value in predictor.memory.floors.items()],
@@ -109,7 +110,8 @@ def _restored(document: dict[str, Any], refit: Refit) -> Predictor:
     predictor.methods = {name: _restored_duration(model, refit) for name, model in document["methods"]}
     _fill(predictor.failures.rates, document["failures"])
     memory = document["memory"]
-    _fill(predictor.memory.families, memory["families"])
+    predictor.memory.families = {_key(key): cell for key, cell in memory.get("family_lines", [])}
+    _fill(predictor.memory.firsts, memory.get("firsts", []))
     predictor.memory.lines = {_key(key): cell for key, cell in memory["lines"]}
     predictor.memory.pool.restore(**memory["pool"])
     predictor.memory.floors = {_key(key): value for key, value in memory["floors"]}
