@@ -70,7 +70,7 @@ class CapacityChecked:
 class Fleet:
     """The part of the state that tells how many nodes there may be, how many GPUs were in use, and what is expected."""
 
-    __slots__ = ("changed_at", "config", "forecast", "forecast_at", "peaks")
+    __slots__ = ("asked", "changed_at", "config", "forecast", "forecast_at", "looked_at", "mean_use", "peaks")
 
     def __init__(self) -> None:
         self.config: FleetConfigured | None = None
@@ -80,15 +80,43 @@ class Fleet:
         """When the number of nodes that are wanted changed last."""
         self.peaks: list[tuple[Micros, int]] = []
         """(when, thousandths of GPUs in use), later ones smaller: the first is the peak of the cool-down."""
+        self.looked_at: Micros = 0
+        """When the use was noted last."""
+        self.mean_use = 0
+        """Thousandths of GPUs in use, averaged over about the start-up time of a node."""
+        self.asked: list[tuple[Micros, int]] = []
+        """(when, nodes) that were asked for when there were to be more, later ones fewer."""
 
     def note_use(self, now: Micros, used: int) -> None:
         """Take a look at the use in; what is older than the cool-down goes."""
+        start_us = 0 if self.config is None else self.config.start_us
+        past_us = now - self.looked_at
+        if not self.peaks:
+            self.mean_use = used
+        elif past_us > 0:
+            self.mean_use += (used - self.mean_use) * past_us // (start_us + past_us)
+        self.looked_at = now
         while self.peaks and self.peaks[-1][1] <= used:
             self.peaks.pop()
         self.peaks.append((now, used))
         span_us = 0 if self.config is None else self.config.cool_down_us
         while len(self.peaks) > 1 and (self.peaks[0][0] + span_us < now or len(self.peaks) > PEAKS):
             del self.peaks[0]
+
+    def note_asked(self, now: Micros, nodes: int) -> None:
+        """Note that more nodes were asked for: those that have not joined yet are not sent away for not being in use."""
+        while self.asked and self.asked[-1][1] <= nodes:
+            self.asked.pop()
+        self.asked.append((now, nodes))
+        while self.asked[0][0] + self._asked_span_us() < now or len(self.asked) > PEAKS:
+            del self.asked[0]
+
+    def asked_lately(self, now: Micros) -> int:
+        """Return the most nodes that were asked for when there were to be more: they have a cool-down from when they are there."""
+        return max([nodes for at, nodes in self.asked if at + self._asked_span_us() >= now], default=0)
+
+    def _asked_span_us(self) -> Micros:
+        return 0 if self.config is None else self.config.start_us + self.config.cool_down_us
 
     def quantile(self, horizon: int, level: int) -> Micros:
         """Return the expected GPU time of a horizon (its place) at a level in thousandths."""

@@ -83,8 +83,10 @@ class Profile:
     scale_nodes_max: int = 0
     scale_level: int = 900
     """Quantile of the forecast demand, in thousandths, that nodes are asked for ahead (where there is a fleet)."""
-    scale_fill_permille: int = 850
-    """Share of the nodes' GPUs that is meant to be in use."""
+    scale_fill_permille: int = 1000
+    """Share of the nodes' GPUs that is meant to be in use, the headroom apart."""
+    scale_headroom_permille: int = 2000
+    """GPUs that are meant to be free for bursts, in thousandths of the square root of those in use or expected."""
     clear_us: Micros = 60 * SECOND
     """In what time the nodes that are asked for could work off what waits."""
     warm_ahead: bool = False

@@ -140,7 +140,8 @@ def _capacity(state: State) -> dict[str, Plain]:
         return {}
     config, forecast = to_plain(fleet.config), to_plain(fleet.forecast)
     peaks = [list(each) for each in fleet.peaks]
-    return {"fleet": [config, forecast, fleet.forecast_at, fleet.changed_at, peaks]}
+    use = [fleet.looked_at, fleet.mean_use, [list(each) for each in fleet.asked]]
+    return {"fleet": [config, forecast, fleet.forecast_at, fleet.changed_at, peaks, *use]}
 
 
 def _faults(state: State) -> dict[str, Plain]:
@@ -272,10 +273,13 @@ def from_data(data: Plain) -> State:
 
 def _restore_capacity(state: State, data: Plain) -> None:
     fleet = state.fleet
-    config, forecast, fleet.forecast_at, fleet.changed_at, peaks = data
+    config, forecast, fleet.forecast_at, fleet.changed_at, peaks, *use = data
     fleet.config = None if config is None else from_plain(FleetConfigured, config)
     fleet.forecast = None if forecast is None else from_plain(DemandForecast, forecast)
     fleet.peaks = [(at, used) for at, used in peaks]
+    if use:
+        fleet.looked_at, fleet.mean_use, asked = use
+        fleet.asked = [(at, nodes) for at, nodes in asked]
 
 
 def _restore_nodes(state: State, data: Plain, by_seq: dict[int, Group]) -> None:

@@ -1,12 +1,15 @@
 """Elasticity from a forecast: how many nodes there should be, and which models have Pods before anybody asks.
 
-Nodes are added for what waits and for a high quantile of the demand that is forecast over their start-up time. They go on actuals
-only: when less has been in use for a whole cool-down; a forecast may keep them, never send them away. Pods are started ahead where
+Nodes are added for what waits, and so that what is free suits the bursts to be expected on top of what is in use or forecast over
+their start-up time. They go on actuals only: when less has been in use for a whole cool-down; a forecast may keep them, never send
+them away. Pods are started ahead where
 room is free and a load costs more than holding them; idle ones that no forecast asks for go when holding them has cost what a load
 does.
 """
 
 from __future__ import annotations
+
+from math import isqrt
 
 from engine.capacity import FleetConfigured, ModelDemand
 from engine.cluster import pick_gpus
@@ -19,9 +22,7 @@ from engine.turn import Turn
 CREATED_PER_CHECK = 8
 """Pods that are started ahead at one look, so that a wrong forecast costs little."""
 SPARE_PERMILLE = 1_100
-"""Nodes go when so many times what was needed is less than there is: small changes are no reason to go back and forth."""
-WITHHOLD_STARTS = 4
-"""Nodes stay that are expected to be needed within so many start-up times."""
+"""Nodes stay for so many times what is forecast: small changes are no reason to go back and forth."""
 STALE_HORIZONS = 2
 """A forecast older than so many of its shortest horizon counts for nothing."""
 
@@ -43,27 +44,42 @@ def _scale(turn: Turn, config: FleetConfigured) -> None:
     state, fleet = turn.state, turn.state.fleet
     here = [node for node in state.cluster.nodes if fleet.owns(node) and node.up and not node.draining]
     asked = state.wanted_nodes if state.wanted_nodes else len(here)
-    waiting = _by_waiting(turn, config)
-    expected = _by_forecast(turn, config)
-    needed = max(waiting, expected)
-    bounded = min(config.nodes_max, max(config.nodes_min, needed))
+    expected = _expected(turn, config)
+    ahead = with_headroom(turn, max(fleet.mean_use, expected))
+    waiting = _used_and_waiting(turn)
+    needed = max(ahead, waiting)
+    bounded = _bounded(config, _nodes_for(turn, config, needed))
     if bounded > asked:
-        reason = Reason.PENDING_WORK if waiting >= expected else Reason.FORECAST
+        reason = Reason.FORECAST if expected >= fleet.mean_use and ahead > waiting else Reason.PENDING_WORK
         turn.count(reason)
         turn.order(ScaleNodes(bounded, reason))
         return
-    if fleet.changed_at + config.cool_down_us > turn.now or not fleet.peaks:
+    if not fleet.peaks:
         return
-    later = _by_forecast(turn, config, WITHHOLD_STARTS, SPARE_PERMILLE)
-    least = max(bounded, _nodes_for(turn, config, fleet.peaks[0][1] * SPARE_PERMILLE // 1000), later)
-    kept = min(config.nodes_max, max(config.nodes_min, least))
+    later = with_headroom(turn, max(fleet.mean_use, expected * SPARE_PERMILLE // 1000))
+    kept = max(_nodes_for(turn, config, max(needed, later, fleet.peaks[0][1])), fleet.asked_lately(turn.now))
+    kept = _bounded(config, kept)
     if kept < asked:
         turn.count(Reason.IDLE)
         turn.order(ScaleNodes(kept, Reason.IDLE, _leaving(here, len(here) - kept)))
 
 
-def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
-    """Return the nodes for what is in use, and for what waits to be worked off within `clear_us`."""
+def _bounded(config: FleetConfigured, nodes: int) -> int:
+    return min(config.nodes_max, max(config.nodes_min, nodes))
+
+
+def with_headroom(turn: Turn, used: int) -> int:
+    """Return the thousandths of GPUs to have where so many are in use on average.
+
+    The spread of a sum of independent bursts grows with the root of their number, so what must be free for them does too: a busy
+    fleet gets by with a smaller share of itself than one of three GPUs.
+    """
+    filled = max(1, turn.profile.scale_fill_permille)
+    return used * 1000 // filled + turn.profile.scale_headroom_permille * isqrt(1000 * used) // 1000
+
+
+def _used_and_waiting(turn: Turn) -> int:
+    """Return the thousandths of GPUs for what is in use, and for what waits to be worked off within `clear_us`."""
     used = turn.state.fleet.peaks[-1][1] if turn.state.fleet.peaks else 0
     clear_us = max(1, turn.profile.clear_us)
     waits = 0
@@ -76,30 +92,28 @@ def _by_waiting(turn: Turn, config: FleetConfigured) -> int:
         run_us = max(1, task.predicted_us) // max(1, task.spec.slots)
         # What runs longer than the backlog may take needs its GPUs at once, but no more than those.
         waits += line.live * gpus * min(run_us, clear_us) // clear_us
-    return _nodes_for(turn, config, used + waits)
+    return used + waits
 
 
-def _by_forecast(turn: Turn, config: FleetConfigured, starts: int = 1, permille: int = 1000) -> int:
-    """Return the nodes for the demand expected while a node would start, or so many after each other, times a factor."""
+def _expected(turn: Turn, config: FleetConfigured) -> int:
+    """Return the thousandths of GPUs that are expected to be in use on average while a node would start, at `scale_level`."""
     fleet = turn.state.fleet
     forecast = fleet.forecast
-    if forecast is None or fleet.forecast_at + STALE_HORIZONS * forecast.horizons_us[0] < turn.now:
+    if forecast is None or not is_fresh(turn):
         return 0
-    horizon = fleet.horizon_of(starts * config.start_us)
-    gpu_us = fleet.quantile(horizon, turn.profile.scale_level)
-    return _nodes_for(turn, config, permille * gpu_us // forecast.horizons_us[horizon])
+    horizon = fleet.horizon_of(config.start_us)
+    return 1000 * fleet.quantile(horizon, turn.profile.scale_level) // forecast.horizons_us[horizon]
 
 
-def _nodes_for(turn: Turn, config: FleetConfigured, used: int) -> int:
-    """Return how many nodes of the fleet so many thousandths of GPUs need, besides the GPUs that are there anyway."""
+def _nodes_for(turn: Turn, config: FleetConfigured, gpus: int) -> int:
+    """Return how many nodes of the fleet make so many thousandths of GPUs, besides those that are there anyway."""
     fleet = turn.state.fleet
     others = sum(
         1000 * len(node.gpus)
         for node in turn.state.cluster.nodes
         if not fleet.owns(node) and node.up and not node.draining
     )
-    filled = max(1, turn.profile.scale_fill_permille)
-    return -(-max(0, used * 1000 // filled - others) // (1000 * config.gpus))
+    return -(-max(0, gpus - others) // (1000 * config.gpus))
 
 
 def _leaving(here: list[Node], count: int) -> tuple[str, ...]:

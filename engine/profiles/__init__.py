@@ -65,6 +65,7 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "scale_nodes_max": ("scale_nodes_max", "int"),
         "scale_level": ("scale_level", "int"),
         "scale_fill_permille": ("scale_fill_permille", "int"),
+        "scale_headroom_permille": ("scale_headroom_permille", "int"),
         "clear_s": ("clear_us", "seconds"),
         "warm_ahead": ("warm_ahead", "bool"),
         "hold_permille": ("hold_permille", "int"),

@@ -10,7 +10,7 @@ import pytest
 from engine import codec, profiles, snapshot
 from engine.capacity import CapacityChecked, DemandForecast, Fleet, FleetConfigured, ModelDemand
 from engine.commands import CreatePod, DeletePod, ScaleNodes
-from engine.events import NodeDrainRequested, NodeLost, PodStarted
+from engine.events import NodeDrainRequested, NodeLost, PodStarted, TaskCancelRequested
 from engine.replay import recover, replay
 from engine.resources import Demand
 from engine.tasks import SECOND
@@ -43,7 +43,9 @@ def fleet(desk, node) -> Callable:
     """Return a desk with a fleet of so many nodes of one GPU that have joined."""
 
     def make(nodes: int = 1, **changes):
-        made = desk(replace(profiles.load("aigc"), scale_fill_permille=1000, **changes))
+        made = desk(
+            replace(profiles.load("aigc"), scale_fill_permille=1000, **{"scale_headroom_permille": 0, **changes})
+        )
         made.step(FLEET)
         for number in range(nodes):
             made.node(f"e-{number}")
@@ -184,6 +186,8 @@ def test_a_recovery_goes_on_where_the_engine_was_and_a_replay_decides_the_same(f
     restored = snapshot.restore(made.engine.snapshot())
     assert restored.digest() == made.engine.state.digest()
     assert restored.fleet.peaks == made.engine.state.fleet.peaks
+    assert restored.fleet.mean_use == made.engine.state.fleet.mean_use
+    assert restored.fleet.asked == made.engine.state.fleet.asked
 
 
 def test_forecasts_whose_parts_do_not_fit_together_change_nothing(desk) -> None:
@@ -227,3 +231,52 @@ def test_an_idle_pod_is_kept_as_long_as_somebody_is_expected_for_it(fleet, task)
     assert not [each for each in gone if isinstance(each, DeletePod)]
     late = made.step(_forecast(1.0), CapacityChecked(), after=60)
     assert [each.reason for each in late if isinstance(each, DeletePod)] == ["idle"]
+
+
+def test_what_is_free_for_bursts_grows_with_the_root_of_what_is_expected(fleet) -> None:
+    def ordered(gpus: float) -> int:
+        made = fleet(scale_headroom_permille=1000)
+        made.step(replace(FLEET, nodes_max=100))
+        (order,) = _scaled(made.step(_forecast(gpus), CapacityChecked()))
+        return order.nodes
+
+    assert [ordered(gpus) for gpus in (4.0, 16.0, 64.0)] == [6, 20, 72]
+
+
+def test_nodes_that_were_asked_for_have_a_cool_down_from_when_they_are_there(fleet, task) -> None:
+    made = fleet()
+    made.submit(*(task(f"t{number}", demand=DEMAND, model="m", method="text_to_image") for number in range(5)))
+    (order,) = _scaled(made.step(CapacityChecked()))
+    made.step(*(TaskCancelRequested(f"t{number}") for number in range(5)))
+    early, late = [], []
+    for second in range(30, 400, 30):
+        found = _scaled(made.step(CapacityChecked(), after=30))
+        (early if second + 1 <= (FLEET.start_us + FLEET.cool_down_us) // SECOND else late).extend(found)
+    assert order.nodes > 1
+    assert early == []
+    assert [each.nodes for each in late] == [1]
+
+
+def test_the_mean_of_the_use_follows_it_within_a_few_start_up_times() -> None:
+    fleet = Fleet()
+    fleet.config = replace(FLEET, start_us=100)
+    fleet.note_use(0, 8000)
+    assert fleet.mean_use == 8000, "the first look is all that is known"
+    fleet.note_use(100, 0)
+    assert fleet.mean_use == 4000
+    fleet.note_use(100, 9000)
+    assert fleet.mean_use == 4000, "looks at the same moment count once"
+    for now in range(200, 1000, 100):
+        fleet.note_use(now, 0)
+    assert fleet.mean_use < 100
+
+
+def test_a_snapshot_from_before_the_mean_was_kept_is_still_restored(fleet) -> None:
+    made = fleet(2)
+    made.step(_forecast(2.0), CapacityChecked())
+    data = snapshot.to_data(made.engine.state)
+    assert len(data["fleet"]) == 8
+    data["fleet"] = data["fleet"][:5]
+    restored = snapshot.from_data(data)
+    assert (restored.fleet.mean_use, restored.fleet.asked) == (0, [])
+    assert restored.fleet.peaks == made.engine.state.fleet.peaks
