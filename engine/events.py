@@ -197,6 +197,8 @@ class TaskFinished:
     """What the run would have taken alone in its Pod, as the Pod measured; 0: it says nothing about it."""
     company_permille: int = 0
     """How many other tasks shared the Pod's steps with it, on average, in thousandths."""
+    peak_host_memory_bytes: int = 0
+    """The most memory that the Pod's process held on the host, loading included; 0: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

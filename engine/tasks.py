@@ -115,6 +115,10 @@ class Estimate:
     """Chance of failure in parts per million."""
     marginal_permille: int = 0
     """How much longer a run takes for each other task in its Pod, in thousandths of the run alone; 0: unknown."""
+    host_memory_bytes: int = 0
+    """P99 of the most memory that its Pod's process holds on the host; 0 when unknown."""
+    gpu_busy_permille: int = 0
+    """What share of its time it is expected to keep its GPUs busy when it has them alone, in thousandths; 0 when unknown."""
 
     @property
     def serves_every_model(self) -> bool:

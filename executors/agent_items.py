@@ -87,6 +87,7 @@ def _done(report: ports.AttemptFinished) -> m.Done | m.Failed:
         report.peak_gpu_memory_bytes,
         report.alone_us,
         report.company_permille,
+        report.peak_host_memory_bytes,
     )
 
 

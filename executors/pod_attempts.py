@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import resource
 import shutil
 import sys
 import time
@@ -261,6 +262,7 @@ class Attempts:
                 peak=result.peak_gpu_memory_bytes,
                 alone_us=max(1, run_us - result.company_us),
                 company_permille=result.company_permille,
+                host_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
             attempt.clear_checkpoints()
         except Cancelled as cancelled:

@@ -502,6 +502,7 @@ def _attempt_report(pod: _Pod, message: Mapping[str, Any]) -> PodReport:
                 rank,
                 message.get("alone_us", 0),
                 message.get("company_permille", 0),
+                message.get("host_peak", 0),
             )
         case "failed":
             return AttemptFailed(

@@ -180,6 +180,8 @@ class AttemptFinished:
     """What the run would have taken alone in its Pod, as the Pod measured; 0: it says nothing about it."""
     company_permille: int = 0
     """How many other attempts shared the steps with it, on average, in thousandths."""
+    peak_host_memory_bytes: int = 0
+    """The most memory that the Pod's process held on the host so far, loading included; 0: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,14 @@ from engine.events import (
 )
 from engine.ports import Journal
 from engine.resources import GpuSpec
-from engine.tasks import NOT_RETRYABLE, TERMINAL_STATES, Estimate, FailureCause, Micros, TaskSpec
+from engine.tasks import NOT_RETRYABLE, SECOND, TERMINAL_STATES, Estimate, FailureCause, Micros, TaskSpec
 from predictors import stored
 from predictors.challenger import Refit, at_once
 from predictors.company import CompanyCost
 from predictors.features import Feature, Request, read_request, task_features
 from predictors.given import DeclaredForecaster, NoisyForecaster, OracleForecaster
 from predictors.predictor import Outcome, Prediction, Predictor
+from predictors.use import GpuWatch
 
 __all__ = ["DeclaredForecaster", "NoisyForecaster", "OnlineForecaster", "OracleForecaster"]
 
@@ -87,6 +88,7 @@ class OnlineForecaster:
     def __init__(self, predictor: Predictor | None = None, max_tracked: int = 100_000) -> None:
         self.predictor = predictor or Predictor()
         self.company = CompanyCost()
+        self.gpu_watch = GpuWatch()
         self.max_tracked = max_tracked
         self._tracked: dict[str, _Tracked] = {}
         self._predictions: dict[str, Prediction] = {}
@@ -129,12 +131,15 @@ class OnlineForecaster:
                     gpus = self._gpus.get(command.node, {})
                     models = {gpus.get(grant.uuid, "") for grant in command.grants}
                     self._pod_gpu_model[command.pod] = models.pop() if len(models) == 1 else ""
+                    self.gpu_watch.placed(command.pod, command.node, [grant.uuid for grant in command.grants])
                     if len(self._pod_gpu_model) > self.max_tracked:
                         del self._pod_gpu_model[next(iter(self._pod_gpu_model))]
                 case StartTask():
                     tracked = self._tracked.get(command.req_no)
                     if tracked is not None:
                         tracked.gpu_model = self._pod_gpu_model.get(command.pod, "")
+                        if tracked.members == 1:
+                            self.gpu_watch.ordered(command.req_no, command.pod)
                 case Notify() if command.state in TERMINAL_STATES:
                     self._forget(command.req_no)
                 case _:
@@ -158,6 +163,7 @@ class OnlineForecaster:
             "pods": list(self._pod_gpu_model.items()),
             "overdue": self._overdue,
             "company": self.company.to_json(),
+            "gpu_watch": self.gpu_watch.state(),
             "max_tracked": self.max_tracked,
         }
         stored.save(self.predictor, path, extra)
@@ -180,6 +186,8 @@ class OnlineForecaster:
         self._pod_gpu_model = dict(extra["pods"])
         self._overdue = [(due, req_no, attempt) for due, req_no, attempt in extra["overdue"]]
         self.company.restore(extra.get("company", []))
+        if "gpu_watch" in extra:
+            self.gpu_watch.restore(extra["gpu_watch"])
 
     def _submitted(self, now: Micros, event: TaskSubmitted) -> TaskSubmitted:
         task = event.task
@@ -215,6 +223,8 @@ class OnlineForecaster:
             durations=tuple(sorted(durations.items())),
             gpu_memory_bytes=prediction.gpu_memory_bytes,
             failure_ppm=round(prediction.failure_chance * _PPM),
+            host_memory_bytes=self.predictor.host_memory.p99_bytes(prediction.request, now / SECOND),
+            gpu_busy_permille=self.predictor.gpu_use.permille(prediction.request, now / SECOND),
             marginal_permille=self.company.marginal_permille(prediction.request.model, prediction.request.pixels),
         )
 
@@ -224,6 +234,7 @@ class OnlineForecaster:
                 self._saw_gpus(event.node.name, event.node.gpus)
             case NodeReported():
                 self._saw_gpus(event.node, event.gpus)
+                self.gpu_watch.reported(now, event.node, event.gpu_busy_permille)
             case TaskStarted():
                 self._started(now, event)
             case TaskProgressed(checkpoint=checkpoint) if checkpoint:
@@ -242,6 +253,7 @@ class OnlineForecaster:
                         self._forget(event.req_no)
             case PodStopped():
                 self._pod_gpu_model.pop(event.pod, None)
+                self.gpu_watch.gone(event.pod)
             case _:
                 pass
         return None
@@ -268,6 +280,7 @@ class OnlineForecaster:
             tracked.started_us = now
             tracked.finished_ranks = 0
             tracked.reestimated = 0
+            self.gpu_watch.started(event.req_no)
             self._watch_overdue(now, event.req_no, tracked)
 
     def _saved(self, now: Micros, event: TaskProgressed) -> None:
@@ -288,7 +301,8 @@ class OnlineForecaster:
             request = _readable(tracked.features)
             self.company.observe(request.model, request.pixels, run_us, event.alone_us, event.company_permille)
             run_us = min(run_us, event.alone_us)
-        self._observe(now, event.req_no, tracked, run_us, Outcome.FINISHED, event.peak_gpu_memory_bytes)
+        peaks = (event.peak_gpu_memory_bytes, event.peak_host_memory_bytes)
+        self._observe(now, event.req_no, tracked, run_us, Outcome.FINISHED, *peaks)
         self._forget(event.req_no)
 
     def _failed(
@@ -317,6 +331,7 @@ class OnlineForecaster:
             self._observe(now, event.req_no, tracked, run_us, Outcome.CANCELLED)
             self._forget(event.req_no)
             return
+        self.gpu_watch.ended(event.req_no)
         # Preempted: it will run again, so nothing is censored; what a checkpoint saved is not run twice.
         tracked.started_us = -1
         if event.checkpoint:
@@ -324,7 +339,14 @@ class OnlineForecaster:
             tracked.saved_us = 0
 
     def _observe(
-        self, now: Micros, req_no: str, tracked: _Tracked, run_us: Micros, outcome: Outcome, peak_bytes: int = 0
+        self,
+        now: Micros,
+        req_no: str,
+        tracked: _Tracked,
+        run_us: Micros,
+        outcome: Outcome,
+        peak_bytes: int = 0,
+        peak_host_bytes: int = 0,
     ) -> None:
         prediction = self._predictions.get(req_no)
         self.predictor.observe(
@@ -337,6 +359,8 @@ class OnlineForecaster:
             peak_bytes,
             tracked.allotted_bytes,
             f"{req_no}/{tracked.attempt}",
+            peak_host_bytes,
+            self.gpu_watch.ended(req_no),
         )
 
     def _prediction(self, now: Micros, req_no: str, tracked: _Tracked) -> Prediction:
@@ -381,6 +405,7 @@ class OnlineForecaster:
     def _forget(self, req_no: str) -> None:
         self._tracked.pop(req_no, None)
         self._predictions.pop(req_no, None)
+        self.gpu_watch.ended(req_no)
 
 
 def _readable(features: dict[str, Feature]) -> Request:

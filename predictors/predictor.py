@@ -22,6 +22,7 @@ from predictors.features import Feature, Request, read_request
 from predictors.memory import GpuMemoryModel
 from predictors.residuals import NORMAL_SPREAD
 from predictors.speed import SpeedRatios
+from predictors.use import GpuUseModel, HostMemoryModel
 
 LEVELS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
 """The quantiles of every prediction; the central 80, 90 and 99% intervals are among them."""
@@ -101,7 +102,18 @@ class Predictor:
     It learns only what it is told, so label delay is honoured as long as `observe` is called when a task has ended.
     """
 
-    __slots__ = ("failures", "memory", "methods", "observed", "refit", "settings", "speeds", "watermark_us")
+    __slots__ = (
+        "failures",
+        "gpu_use",
+        "host_memory",
+        "memory",
+        "methods",
+        "observed",
+        "refit",
+        "settings",
+        "speeds",
+        "watermark_us",
+    )
 
     def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings or DurationSettings()
@@ -109,6 +121,8 @@ class Predictor:
         self.methods: dict[str, DurationModel] = {}
         self.failures = FailureModel()
         self.memory = GpuMemoryModel()
+        self.host_memory = HostMemoryModel()
+        self.gpu_use = GpuUseModel()
         self.speeds = SpeedRatios()
         self.observed: dict[str, None] = {}
         """Attempts that were learned, the latest last."""
@@ -177,6 +191,8 @@ class Predictor:
         peak_gpu_memory_bytes: int = 0,
         allotted_gpu_memory_bytes: int = 0,
         identity: str = "",
+        peak_host_memory_bytes: int = 0,
+        gpu_busy_permille: int = -1,
     ) -> None:
         """Learn from an attempt that ended at ``now_us`` after ``run_us``.
 
@@ -207,6 +223,8 @@ class Predictor:
         seconds = run_us / SECOND * math.exp(-log_ratio)
         if outcome is Outcome.FINISHED:
             self.memory.learn(request, now_s, peak_gpu_memory_bytes)
+            self.host_memory.learn(request, now_s, peak_host_memory_bytes)
+            self.gpu_use.learn(request, now_s, gpu_busy_permille)
             off = math.log(max(run_us, 1) / SECOND) - outlook.centre
             known = 0.0 if outlook.blind else outlook.model_weight / (outlook.model_weight + 4.0)
             sigma = outlook.scale * NORMAL_SPREAD

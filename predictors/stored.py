@@ -95,6 +95,11 @@ def _predictor(predictor: Predictor) -> dict[str, Any]:
             "pool": predictor.memory.pool.state(),
             "floors": [[key, value] for key, value in predictor.memory.floors.items()],
         },
+        "host_memory": {
+            "means": _rows(predictor.host_memory.means.rows()),
+            "pool": predictor.host_memory.pool.state(),
+        },
+        "gpu_use": _rows(predictor.gpu_use.means.rows()),
         "speeds": {
             "reference": predictor.speeds.reference,
             "ratios": _rows(predictor.speeds.ratios.rows()),
@@ -115,6 +120,10 @@ def _restored(document: dict[str, Any], refit: Refit) -> Predictor:
     predictor.memory.lines = {_key(key): cell for key, cell in memory["lines"]}
     predictor.memory.pool.restore(**memory["pool"])
     predictor.memory.floors = {_key(key): value for key, value in memory["floors"]}
+    if "host_memory" in document:  # States that are older have none.
+        _fill(predictor.host_memory.means, document["host_memory"]["means"])
+        predictor.host_memory.pool.restore(**document["host_memory"]["pool"])
+        _fill(predictor.gpu_use.means, document["gpu_use"])
     predictor.speeds.reference = document["speeds"]["reference"]
     _fill(predictor.speeds.ratios, document["speeds"]["ratios"])
     _fill_shifts(predictor.speeds.shifts, document["speeds"]["shifts"])

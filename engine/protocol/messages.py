@@ -149,6 +149,7 @@ class Done:
     peak_gpu_memory_bytes: int = 0
     alone_us: int = 0
     company_permille: int = 0
+    peak_host_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

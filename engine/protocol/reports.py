@@ -25,6 +25,7 @@ def event_of(link: Link, item: m.Report) -> e.Event | None:
                     item.peak_gpu_memory_bytes,
                     item.alone_us,
                     item.company_permille,
+                    item.peak_host_memory_bytes,
                 )
         case m.Failed():
             if link.attempts.pop(m.attempt_key(item), None) is not None:

@@ -91,3 +91,12 @@ def test_what_company_cost_reaches_the_engine() -> None:
 def test_a_preview_travels_as_its_file_id() -> None:
     progress = progress_of(AttemptProgressed("r", 1, 5, 20, "note", 0, "cp", "f" * 64))
     assert (progress.preview, progress.checkpoint) == ("f" * 64, "cp")
+
+
+def test_the_peak_of_the_host_s_memory_reaches_the_engine() -> None:
+    item = item_of(AttemptFinished("r", 1, {}, 30, 5, peak_host_memory_bytes=7 << 30))
+    link = Link("n")
+    link.attempts["r", 1, 0] = ExpectedAttempt(m.Dispatch("r", 1, 0, 1))
+    event = event_of(link, item)
+    assert isinstance(event, e.TaskFinished)
+    assert (event.peak_gpu_memory_bytes, event.peak_host_memory_bytes) == (5, 7 << 30)
