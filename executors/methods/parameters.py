@@ -28,7 +28,24 @@ MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""
 
 SchedulerName = Literal[
-    "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "pndm", "lms", "heun", "deis", "lcm"
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_a",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "dpmpp_3m_sde",
+    "dpmpp_2s",
+    "dpm2",
+    "dpm2_a",
+    "unipc",
+    "pndm",
+    "lms",
+    "heun",
+    "deis",
+    "lcm",
 ]
 FileId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")]

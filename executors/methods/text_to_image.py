@@ -1,6 +1,6 @@
 """Pictures from a text, with any diffusers pipeline that lies in a local directory.
 
-Stable Diffusion and SDXL run in our own step loop; every other pipeline runs its own call, watched step by step.
+Stable Diffusion, SDXL, SD3 and Flux run in our own step loop; every other pipeline runs its own call, watched step by step.
 In a Pod of several slots the runs share one running batch (`executors.batching`), in which every picture is at its own step.
 Picture k of a job is made from seed + k, whatever the batch, so that it can be made again alone.
 """

@@ -217,10 +217,10 @@ def test_what_fails_aside_harms_nobody_else(
 ) -> None:
     real = batch_module.Trajectory
 
-    def failing(loaded: Any, request: PictureRequest, kept: Any = None) -> Any:
+    def failing(loaded: Any, request: PictureRequest, *more: Any) -> Any:
         if request.id == "bad":
             raise ValueError("of its own")
-        return real(loaded, request, kept)
+        return real(loaded, request, *more)
 
     batch.admit(asked("long", steps=20))
     batch.step()
