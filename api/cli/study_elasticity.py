@@ -19,7 +19,7 @@ def elasticity(
         typer.Option(help="Folder of GenTD26's monitoring files. [default: the trace's, if they are there]"),
     ] = None,
     ways: Annotated[
-        str, typer.Option(help="Ways and their settings, such as forecast=0.8,1.0;queue=0.6. [default: all]")
+        str, typer.Option(help="Ways and their settings, such as forecast=1.5,2.0;queue=0.6. [default: all]")
     ] = "",
     busy_gpus: Annotated[float, typer.Option(help="GPUs that the work keeps busy on average.")] = 6.0,
     hours: Annotated[float, typer.Option(help="Hours that are simulated.")] = 24.0,
@@ -33,10 +33,15 @@ def elasticity(
         float, typer.Option(help="Seconds that less must have been in use before nodes go.")
     ] = 300.0,
     price: Annotated[float, typer.Option(help="Price of a GPU hour.")] = 2.0,
+    settle_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds at the beginning that are not judged. [default: a tenth, at most half an hour]"),
+    ] = None,
     first_day: Annotated[str | None, typer.Option("--from", help="First day of the trace to use.")] = None,
     last_day: Annotated[str | None, typer.Option("--to", help="Last day of the trace to use.")] = None,
     rate_method: Annotated[str, typer.Option(help="days (whole days: peaks stay) or superpose (any moment).")] = "days",
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    store: Annotated[Path | None, typer.Option(help="Keep finished runs in this file and go on from it.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write everything as JSON here.")] = None,
     as_json: Json = False,
@@ -62,6 +67,7 @@ def elasticity(
             nodes_max=nodes_max,
             start_s=start_s,
             cool_down_s=cool_down_s,
+            settle_s=settle_s,
             price_per_gpu_hour=price,
             first_day=first_day,
             last_day=last_day,
@@ -69,7 +75,7 @@ def elasticity(
             dials=_ways(ways) if ways else dict(DIALS),
         )
         with progress_bar("studying") as update:
-            study = run_elasticity(plan, jobs, update)
+            study = run_elasticity(plan, jobs, update, store)
         tell(study, report, html=html, output=output, as_json=as_json)
     except ValueError as error:
         fail(str(error), Exit.USAGE)

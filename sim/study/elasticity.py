@@ -33,30 +33,26 @@ from predictors.duration import DurationSettings
 from predictors.forecaster import OnlineForecaster
 from predictors.predictor import Predictor
 from sim.configuration import ConfigError
-from sim.fleet import Scaler, SimFleet, View
-from sim.metrics import Metrics
+from sim.fleet import SimFleet
 from sim.simulate import Progress, calm_collector
+from sim.study.autoscalers import FIXED, QUEUE, REACTIVE, make_scaler
 from sim.study.case import StudyCase
+from sim.study.elasticity_runs import FinishedRuns, Run, Watch
 from sim.sweep_table import Interval, interval
 from sim.workload import Workload
 from sim.world import SimWorld, run
 
-FIXED, REACTIVE, QUEUE, OURS = "fixed", "utilisation", "queue", "forecast"
+OURS = "forecast"
 DIALS: dict[str, tuple[float, ...]] = {
     FIXED: (1.0, 1.5, 2.0, 2.5),
-    REACTIVE: (0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-    QUEUE: (0.4, 0.55, 0.7, 0.85, 1.0, 1.2),
-    OURS: (0.6, 0.7, 0.8, 0.9),
+    REACTIVE: (0.3, 0.4, 0.5, 0.6, 0.7),
+    QUEUE: (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
+    OURS: (1.5, 2.0, 2.5),
 }
-"""Fixed: nodes as a multiple of the mean demand; utilisation: target share of busy GPUs; queue: open tasks per GPU; forecast: share
-of the GPUs meant to be in use."""
+"""Fixed: nodes as a multiple of the mean demand; utilisation: target share of busy GPUs; queue: open tasks per GPU; forecast: GPUs
+free for bursts, in roots of those in use."""
 DAY_US = 86_400 * SECOND
 SERIES = 24
-_TOLERANCE = 0.1
-_USE_US = 60 * SECOND
-"""The horizontal autoscaler looks every 15 s at figures that are averages."""
-_POLL_US = 30 * SECOND
-"""KEDA's default."""
 _RECENT_US = 900 * SECOND
 
 
@@ -70,6 +66,8 @@ class ElasticityPlan:
     hours: float = 24.0
     warm_days: int = 3
     """Days before the simulated ones that the demand forecast has seen."""
+    settle_s: float | None = None
+    """Not judged at the beginning, where every way waits for cold nodes; None: a tenth of the hours, at most half an hour."""
     seeds: int = 3
     first_seed: int = 0
     gpus_per_node: int = 2
@@ -94,6 +92,8 @@ class ElasticityPlan:
         for name in ("busy_gpus", "hours", "start_s", "cool_down_s", "price_per_gpu_hour"):
             if not 0 < getattr(self, name) < 1e6:
                 raise ConfigError(f"{name}: must be greater than 0 and below 1e6, got {getattr(self, name)}")
+        if self.settle_s is not None and not 0 <= self.settle_s < 3600 * self.hours:
+            raise ConfigError(f"settle_s: must be at least 0 and end before the hours do, got {self.settle_s}")
         if not 0 <= self.fail_ppm < 1_000_000:
             raise ConfigError(f"fail_ppm: must lie between 0 and 999999, got {self.fail_ppm}")
         for name, dial in self.dials.items():
@@ -101,6 +101,12 @@ class ElasticityPlan:
                 raise ConfigError(f"ways: unknown {name!r}; known are {', '.join(DIALS)}")
             if not dial or not all(0 < each < 100 for each in dial):
                 raise ConfigError(f"ways: {name} needs settings above 0, got {dial}")
+
+    @property
+    def settle_us(self) -> Micros:
+        """What is not judged at the beginning."""
+        settle_s = min(1800.0, 360.0 * self.hours) if self.settle_s is None else self.settle_s
+        return round(settle_s * SECOND)
 
     @property
     def offer(self) -> NodeOffer:
@@ -128,27 +134,6 @@ class ElasticityPlan:
             gpus_per_node=self.gpus_per_node,
             seed=seed,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One way at one setting under one seed."""
-
-    way: str
-    dial: float
-    seed: int
-    gpu_hours: float
-    cost: float
-    p99_completion_s: float
-    p99_waiting_s: float
-    mean_waiting_s: float
-    tasks: int
-    unfinished: int
-    changes_per_hour: float
-    reversals_per_hour: float
-    """Changes of direction within a cool-down and a start-up time."""
-    sizes: tuple[tuple[float, int], ...]
-    """(hour, nodes wanted)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,28 +181,36 @@ MEASURES: dict[str, Callable[[Run], float]] = {
 }
 
 
-def run_elasticity(plan: ElasticityPlan, jobs: int = 1, on_progress: Progress | None = None) -> ElasticityStudy:
-    """Run the study; raises `ValueError` naming the field and the remedy."""
+def run_elasticity(
+    plan: ElasticityPlan, jobs: int = 1, on_progress: Progress | None = None, store: Path | None = None
+) -> ElasticityStudy:
+    """Run the study; raises `ValueError` naming the field and the remedy.
+
+    Runs that are finished are kept in the file `store` and not run again, as long as plan, trace and code are the same.
+    """
     asked = [
         (plan, way, dial, plan.first_seed + number)
         for number in range(plan.seeds)
         for way, dial_values in plan.dials.items()
         for dial in dial_values
     ]
-    runs: list[Run] = []
+    with FinishedRuns(store, plan) as kept:
+        lacking = [each for each in asked if each[1:] not in kept.runs]
 
-    def done(each: Run) -> None:
-        runs.append(each)
-        if on_progress is not None:
-            on_progress(len(runs) / len(asked), f"seed {each.seed}: {each.way} {each.dial:g}")
+        def done(each: Run) -> None:
+            kept.add(each)
+            if on_progress is not None:
+                share = 1 - sum(one[1:] not in kept.runs for one in asked) / len(asked)
+                on_progress(share, f"seed {each.seed}: {each.way} {each.dial:g}")
 
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for each in pool.map(_run_asked, asked):
+        if jobs > 1 and len(lacking) > 1:
+            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                for each in pool.map(_run_asked, lacking):
+                    done(each)
+        else:
+            for each in map(_run_asked, lacking):
                 done(each)
-    else:
-        for each in map(_run_asked, asked):
-            done(each)
+        runs = [kept.runs[each[1:]] for each in asked]
     points = [
         Point(way, dial, _figures([each for each in runs if (each.way, each.dial) == (way, dial)]))
         for way, dial_values in plan.dials.items()
@@ -249,30 +242,12 @@ def run_one(plan: ElasticityPlan, way: str, dial: float, seed: int) -> Run:
     inner = OnlineForecaster(Predictor(DurationSettings(challenger=ChallengerSettings(refit_every=0))))
     forecaster: Forecaster = inner
     if way == OURS:
-        profile = replace(profile, scale_fill_permille=round(1000 * dial), warm_ahead=True)
+        profile = replace(profile, scale_headroom_permille=round(1000 * dial), warm_ahead=True)
         forecaster = DemandForecaster(inner, deepcopy(model), offset_us=plan.warm_days * DAY_US)
-    metrics = Metrics()
+    watch = Watch(world, fleet, plan.settle_us)
     with calm_collector():
-        run(Engine(profile), world, inner.watching(metrics), forecaster)
-    summary = metrics.summary()
-    hours = world.now() / SECOND / 3600
-    node_hours = fleet.node_hours(world.now())
-    completion, waiting = summary.completion.get("all"), summary.waiting.get("all")
-    return Run(
-        way,
-        dial,
-        seed,
-        node_hours * plan.gpus_per_node,
-        node_hours * offer.price_per_hour,
-        completion.p99 if completion is not None else math.inf,
-        waiting.p99 if waiting is not None else math.inf,
-        waiting.mean if waiting is not None else math.inf,
-        len(workload.arrivals),
-        len(world.open_tasks),
-        len(fleet.changes) / hours,
-        fleet.reversals(offer.cool_down_us + offer.start_us) / hours,
-        tuple((at / SECOND / 3600, nodes) for at, nodes in fleet.sizes),
-    )
+        run(Engine(profile), world, inner.watching(watch), forecaster)
+    return watch.run(plan, way, dial, seed)
 
 
 _PREPARED: dict[tuple[Any, ...], tuple[StudyCase, Workload, DemandModel, int]] = {}
@@ -311,75 +286,6 @@ def _prepared(plan: ElasticityPlan, seed: int) -> tuple[StudyCase, Workload, Dem
         _PREPARED.clear()
         known = _PREPARED[key] = case, replace(whole, arrivals=later), model, before
     return known
-
-
-# --- other ways to size a fleet -----------------------------------------------------------------------------------------
-
-
-def make_scaler(way: str, dial: float, offer: NodeOffer, mean_nodes: int) -> Scaler:
-    """Return an autoscaler as others have it."""
-    match way:
-        case "fixed":
-            fixed = max(1, math.ceil(dial * mean_nodes))
-            return lambda view: fixed
-        case "utilisation":
-            return _Stabilised(_ByUse(dial), offer.cool_down_us)
-        case "queue":
-            return _Stabilised(_ByQueue(dial), offer.cool_down_us)
-        case _:
-            raise ConfigError(f"ways: unknown {way!r}; known are {', '.join(DIALS)}")
-
-
-class _ByUse:
-    """Returns ceil(nodes x use / target) by the use of the last minute, unless that is within a tenth of what there is."""
-
-    def __init__(self, target: float) -> None:
-        self._target = target
-        self._seen: list[tuple[Micros, float]] = []
-
-    def __call__(self, view: View) -> int:
-        if not view.ready:
-            return view.nodes
-        self._seen.append((view.now, view.busy / (view.ready * view.gpus)))
-        while self._seen[0][0] + _USE_US <= view.now:
-            del self._seen[0]
-        ratio = sum(use for _, use in self._seen) / len(self._seen) / self._target
-        return view.nodes if abs(ratio - 1) <= _TOLERANCE else math.ceil(view.ready * ratio)
-
-
-class _ByQueue:
-    """Returns the nodes for so many open tasks per GPU, as of the last poll."""
-
-    def __init__(self, per_gpu: float) -> None:
-        self._per_gpu = per_gpu
-        self._polled_at: Micros = -_POLL_US
-        self._nodes = 1
-
-    def __call__(self, view: View) -> int:
-        if view.now >= self._polled_at + _POLL_US:
-            self._polled_at = view.now
-            self._nodes = math.ceil(view.open / (self._per_gpu * view.gpus))
-        return self._nodes
-
-
-class _Stabilised:
-    """Grows at once; shrinks only to the most that was recommended during the cool-down."""
-
-    def __init__(self, wanted: Scaler, cool_down_us: Micros) -> None:
-        self._wanted = wanted
-        self._cool_down_us = cool_down_us
-        self._told: list[tuple[Micros, int]] = []
-
-    def __call__(self, view: View) -> int:
-        wanted = max(1, self._wanted(view))
-        if not self._told:
-            self._told.append((view.now, view.nodes))  # what there is at first was wanted by somebody
-        while self._told and self._told[-1][1] <= wanted:
-            self._told.pop()
-        self._told.append((view.now, wanted))
-        while self._told[0][0] + self._cool_down_us < view.now:
-            del self._told[0]
-        return wanted if wanted >= view.nodes else min(view.nodes, self._told[0][1])
 
 
 # --- figures --------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from engine.tasks import SECOND
 from sim.configuration import ConfigError
 from sim.study.elasticity import MEASURES, OURS, ElasticityStudy, Saving
+from sim.study.elasticity_runs import BIN_US
 from sim.sweep_table import Interval
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Elasticity on GenTD26</title>
@@ -120,7 +122,7 @@ def write_html(study: ElasticityStudy, path: Path) -> None:
 
 def _plots(study: ElasticityStudy) -> list[tuple[str, str]]:
     with matplotlib.rc_context({"svg.hashsalt": "aigc", "svg.fonttype": "none", "font.size": 9.0, "axes.grid": True}):
-        return [("GPU-hours against p99 completion", _frontiers(study)), ("Nodes wanted over time", _sizes(study))]
+        return [("GPU-hours against p99 completion", _frontiers(study)), ("Fleet size against demand", _sizes(study))]
 
 
 def _frontiers(study: ElasticityStudy) -> str:
@@ -145,14 +147,17 @@ def _sizes(study: ElasticityStudy) -> str:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     seed = study.plan.first_seed
+    used = next(each.used for each in study.runs if each.seed == seed)
+    hours = [place * BIN_US / 3600 / SECOND for place in range(len(used))]
+    axes.fill_between(hours, used, step="post", color="#9aa5b1", alpha=0.5, linewidth=0, label="in use")
     for way, dials in study.plan.dials.items():
         dial = dials[len(dials) // 2]
         run = next(each for each in study.runs if (each.way, each.dial, each.seed) == (way, dial, seed))
         times = [at for at, _ in run.sizes] + [study.plan.hours]
-        nodes = [count for _, count in run.sizes] + [run.sizes[-1][1]]
-        axes.step(times, nodes, where="post", label=f"{way} {dial:g}", color=_COLOURS[way], linewidth=1)
+        gpus = [study.plan.gpus_per_node * count for _, count in (*run.sizes, run.sizes[-1])]
+        axes.step(times, gpus, where="post", label=f"{way} {dial:g}", color=_COLOURS[way], linewidth=1)
     axes.set_xlabel("hours")
-    axes.set_ylabel("nodes wanted")
+    axes.set_ylabel("GPUs")
     axes.legend()
     return _svg(figure)
 

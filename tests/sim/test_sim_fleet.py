@@ -294,6 +294,8 @@ def test_the_study_runs_every_way_under_the_same_requests(trace: Path, tmp_path:
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 2
     assert "utilisation" in page
+    assert "Fleet size against demand" in page
+    assert all(0 < max(run.used) <= 6 for run in study.runs)
 
 
 def test_one_run_is_the_same_twice(trace: Path) -> None:
@@ -301,9 +303,50 @@ def test_one_run_is_the_same_twice(trace: Path) -> None:
     assert elasticity.run_one(plan, OURS, 0.8, 1) == elasticity.run_one(plan, OURS, 0.8, 1)
 
 
+def test_a_study_goes_on_from_the_runs_that_it_kept(trace: Path, tmp_path: Path) -> None:
+    store = tmp_path / "runs.jsonl"
+    plan = _plan(trace, seeds=1, dials={"queue": (0.8,), OURS: (0.8,)})
+    whole = run_elasticity(plan, store=store)
+    lines = store.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2
+    store.write_bytes(lines[0] + lines[1][:40])
+    ran: list[str] = []
+    again = run_elasticity(plan, on_progress=lambda _, what: ran.append(what), store=store)
+    assert again.runs == whole.runs
+    assert len(ran) == 1, "only the run whose line was cut off is run again"
+    run_elasticity(plan, on_progress=lambda _, what: ran.append(what), store=store)
+    assert len(ran) == 1
+    other = _plan(trace, seeds=1, start_s=40.0, dials={OURS: (0.8,)})
+    run_elasticity(other, on_progress=lambda _, what: ran.append(what), store=store)
+    assert len(ran) == 2, "runs of another plan are not this plan's"
+
+
+def test_a_store_that_is_something_else_is_refused(trace: Path, tmp_path: Path) -> None:
+    store = tmp_path / "notes.txt"
+    store.write_text("hello\nworld\n")
+    with pytest.raises(ConfigError, match="store: line 1"):
+        run_elasticity(_plan(trace), store=store)
+    with pytest.raises(ConfigError, match="store: cannot"):
+        run_elasticity(_plan(trace), store=tmp_path)
+    with pytest.raises(ConfigError, match="store: cannot write"):
+        run_elasticity(_plan(trace), store=tmp_path / "nowhere" / "runs.jsonl")
+
+
+def test_what_comes_while_the_beginning_settles_is_not_judged(trace: Path) -> None:
+    whole = elasticity.run_one(_plan(trace, settle_s=0.0), "queue", 0.8, 0)
+    later = elasticity.run_one(_plan(trace, settle_s=900.0), "queue", 0.8, 0)
+    assert 0 < later.tasks < whole.tasks
+    assert 0 < later.gpu_hours < whole.gpu_hours
+    assert later.sizes == whole.sizes
+    with pytest.raises(ConfigError, match="settle_s: no task"):
+        elasticity.run_one(_plan(trace, settle_s=1439.9), "queue", 0.8, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
+        ({"settle_s": -1.0}, "settle_s"),
+        ({"settle_s": 1440.0}, "settle_s"),
         ({"seeds": 0}, "seeds"),
         ({"hours": 0.0}, "hours"),
         ({"dials": {"oracle": (1.0,)}}, "ways"),
