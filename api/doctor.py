@@ -161,7 +161,7 @@ def _memory(settings: Settings) -> Iterator[Finding]:
             continue
         for model, room_bytes in cards:
             place, said = described(footprint, 4 if model == "cpu" else 2, room_bytes)
-            verdict: Verdict = "fault" if place is Place.NOWHERE else "note" if place is Place.ASIDE else "ok"
+            verdict: Verdict = "fault" if place is Place.NOWHERE else "note" if place is not Place.DEVICE else "ok"
             yield Finding("memory", verdict, f"{name} on {model} ({room_bytes / GIB:.1f} GiB): {said}")
 
 

@@ -47,7 +47,8 @@ class CallMemory:
         for picture in pictures:
             self._shares[picture] = max(self._shares.get(picture, 0), share)
         if self.plan is not None and self._meter.free_bytes() is not None:
-            self.plan.learn(phase, self.plan.planned(phase, width, height, rows, len(pictures), tiled), working)
+            planned = self.plan.planned(phase, width, height, rows, len(pictures), tiled)
+            self.plan.learn(phase, planned, working - self.plan.coming_bytes(phase))
 
     def take_share(self, picture: str) -> int:
         """Return a picture's share of the largest call it took part in, and forget it."""

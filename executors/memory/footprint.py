@@ -43,10 +43,16 @@ class PartWeights:
 
     numbers: int
     other_bytes: int = 0
+    rest_numbers: int = 0
+    """Of `numbers` those outside the largest layer; 0 where layers are not told apart."""
 
     def nbytes(self, item_bytes: int) -> int:
         """Return what the part takes in memory when its numbers have so many bytes each."""
         return self.numbers * item_bytes + self.other_bytes
+
+    def layer_bytes(self, item_bytes: int) -> int:
+        """Return the memory of its largest layer."""
+        return (self.numbers - self.rest_numbers) * item_bytes + self.other_bytes
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,19 @@ class Footprint:
         """Return the memory of all weights, or of some parts."""
         names = self.parts if parts is None else parts
         return sum(self.parts[name].nbytes(item_bytes) for name in names if name in self.parts)
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers are told apart, so that the network may come to a device layer by layer."""
+        return all(self.parts[name].rest_numbers for name in self.stepped)
+
+    def layer_bytes(self, item_bytes: int) -> int:
+        """Return the memory of the largest layer of all parts but the autoencoder."""
+        return max(part.layer_bytes(item_bytes) for name, part in self.parts.items() if name != "vae")
+
+    def encoders_bytes(self, item_bytes: int) -> int:
+        """Return the memory of the text encoders, which work one after the other and leave together."""
+        return sum(part.nbytes(item_bytes) for name, part in self.parts.items() if name.startswith("text_encoder"))
 
     def step_bytes(self, width: int, height: int, rows: int, item_bytes: int) -> int:
         """Return the peak of activations in one call of the network; a guided picture has two rows."""
@@ -158,24 +177,29 @@ def read_header(file: Path) -> PartWeights:
                     f"{file}: its header says it has {length} bytes; the file is cut off or no safetensors"
                 )
             header = json.loads(opened.read(length))
-        numbers = other = 0
+        other = 0
+        layers: dict[str, int] = {}
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue
             count = math.prod(tensor["shape"])
             if tensor["dtype"] in _FLOATS:
-                numbers += count
+                layer = name.rpartition(".")[0]
+                layers[layer] = layers.get(layer, 0) + count
             else:
                 other += count * _ITEM_BYTES[tensor["dtype"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, FootprintUnknown):
             raise
         raise FootprintUnknown(f"{file}: its header cannot be read ({error!r})") from None
-    return PartWeights(numbers, other)
+    numbers = sum(layers.values())
+    return PartWeights(numbers, other, numbers - max(layers.values(), default=0))
 
 
 def _summed(found: list[PartWeights]) -> PartWeights:
-    return PartWeights(sum(each.numbers for each in found), sum(each.other_bytes for each in found))
+    numbers = sum(each.numbers for each in found)
+    largest = max(each.numbers - each.rest_numbers for each in found)
+    return PartWeights(numbers, sum(each.other_bytes for each in found), numbers - largest)
 
 
 def _step_elements(config: Mapping[str, Any]) -> float:

@@ -31,8 +31,10 @@ class Place(StrEnum):
     """All of them on the device."""
     ASIDE = "aside"
     """Text encoders and autoencoder in host memory, on the device only while they work."""
+    LAYERS = "layers"
+    """The network too: each layer is on the device only while it computes. Slow, since all weights travel in every step."""
     NOWHERE = "nowhere"
-    """The network itself does not fit."""
+    """Not even that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +65,40 @@ class MemoryPlan:
     room_bytes: int
     """What may be allocated on the device in all."""
     _ratios: dict[Phase, float] = field(default_factory=dict)
+    settled: Place = Place.DEVICE
+    """Where the parts lie, once they do."""
 
     def place(self, width: int, height: int, rows: int = 2) -> Place:
         """Decide where the parts lie, so that at least one picture of the model's own size can be made."""
         whole = self.footprint.weights_bytes(self.item_bytes)
         if whole + self._working_bytes(width, height, rows) <= self.room_bytes:
             return Place.DEVICE
-        return Place.ASIDE if self.least_bytes(width, height, rows) <= self.room_bytes else Place.NOWHERE
+        for place in (Place.ASIDE, Place.LAYERS):
+            if self.least_bytes(width, height, rows, place) <= self.room_bytes:
+                return place
+        return Place.NOWHERE
 
-    def least_bytes(self, width: int, height: int, rows: int = 2) -> int:
-        """Return the smallest room in which one picture can be made: parts aside, decoded in tiles."""
+    def least_bytes(self, width: int, height: int, rows: int = 2, place: Place = Place.ASIDE) -> int:
+        """Return the smallest room in which one picture can be made with the parts in a place, decoded in tiles if need be.
+
+        Where layers are not told apart, `LAYERS` takes no less than `ASIDE`.
+        """
         print_, item = self.footprint, self.item_bytes
-        step = print_.weights_bytes(item, print_.stepped) + self._planned("step", width, height, rows, False)
-        decode = print_.weights_bytes(item, print_.stepped) + print_.weights_bytes(item, ("vae",))
+        resident = print_.weights_bytes(item, print_.stepped)
+        encode = resident + print_.encoders_bytes(item)
+        if place is Place.LAYERS and print_.layered:
+            resident, encode = 0, print_.layer_bytes(item)
+        step = resident + self.coming_bytes("step", place) + self._planned("step", width, height, rows, False)
+        decode = resident + print_.weights_bytes(item, ("vae",))
         decode += min(self._planned("decode", width, height, 1, tiled) for tiled in (False, print_.tiles))
-        return max(step, decode)
+        return max(encode, step, decode)
+
+    def coming_bytes(self, phase: Phase, place: Place | None = None) -> int:
+        """Return the weights that a call brings to the device; `place` is where they lie otherwise, as `settled` if not given."""
+        place = place or self.settled
+        if phase == "decode" and place in (Place.ASIDE, Place.LAYERS):
+            return self.footprint.weights_bytes(self.item_bytes, ("vae",))
+        return self.footprint.layer_bytes(self.item_bytes) if place is Place.LAYERS and self.footprint.layered else 0
 
     def size(
         self, width: int, height: int, rows: int = 2, free_bytes: int | None = None, place: Place | None = None
@@ -85,13 +106,15 @@ class MemoryPlan:
         """Decide for pictures of a size; `free_bytes` is what is free now beside the weights, where that is known better."""
         if free_bytes is None:
             place = place or self.place(width, height, rows)
-            parts = self.footprint.stepped if place is Place.ASIDE else None
+            parts = {Place.ASIDE: self.footprint.stepped, Place.LAYERS: ()}.get(place)
             free_bytes = max(0, self.room_bytes - self.footprint.weights_bytes(self.item_bytes, parts))
-        at_once = self._fit("step", width, height, rows, free_bytes)
-        decoded = self._fit("decode", width, height, rows, free_bytes)
+        step_free = free_bytes - self.coming_bytes("step", place)
+        decode_free = free_bytes - self.coming_bytes("decode", place)
+        at_once = self._fit("step", width, height, rows, step_free)
+        decoded = self._fit("decode", width, height, rows, decode_free)
         if decoded or not self.footprint.tiles:
             return SizePlan(width, height, at_once, decoded, tiled=False)
-        fits = self._planned("decode", width, height, 1, True) <= free_bytes
+        fits = self._planned("decode", width, height, 1, True) <= decode_free
         return SizePlan(width, height, at_once, int(fits), tiled=fits)
 
     def learn(self, phase: Phase, planned_bytes: int, measured_bytes: int) -> None:
@@ -122,14 +145,14 @@ class MemoryPlan:
 
     def _fit(self, phase: Phase, width: int, height: int, rows: int, free_bytes: int) -> int:
         each = self._planned(phase, width, height, rows, False)
-        return MANY if each <= 0 else min(MANY, free_bytes // each)
+        return MANY if each <= 0 else max(0, min(MANY, free_bytes // each))
 
 
 def too_large(footprint: Footprint, item_bytes: int, width: int, height: int, largest_bytes: int, model: str) -> str:
     """Return why a picture can never be made on the largest card there is; empty when it can."""
     # At the door nothing is refused for a margin: what just might fit is for the Pod to try.
     plan = MemoryPlan(footprint, item_bytes, largest_bytes, {"step": 1.0, "decode": 1.0})
-    least = plan.least_bytes(width, height)
+    least = plan.least_bytes(width, height, place=Place.LAYERS)
     if least <= largest_bytes:
         return ""
     return (
@@ -191,10 +214,15 @@ def described(footprint: Footprint, item_bytes: int, room_bytes: int) -> tuple[P
     place = plan.place(own, own)
     weights = footprint.weights_bytes(item_bytes) / GIB
     if place is Place.NOWHERE:
-        return place, f"weights {weights:.2f} GiB; one picture needs {plan.least_bytes(own, own) / GIB:.2f} GiB"
+        return (
+            place,
+            f"weights {weights:.2f} GiB; one picture needs {plan.least_bytes(own, own, place=Place.LAYERS) / GIB:.2f} GiB",
+        )
     said = [f"weights {weights:.2f} GiB"]
     if place is Place.ASIDE:
         said.append("text encoders and autoencoder lie in host memory")
+    elif place is Place.LAYERS:
+        said.append("all weights lie in host memory and travel in every step, layer by layer: slow")
     for side in (own, 2 * own):
         size = plan.size(side, side, place=place)
         said.append(f"{side} px: {_said(size)}")

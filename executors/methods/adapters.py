@@ -104,7 +104,7 @@ class AppliedAdapter:
                 changed = (up @ down).reshape(original.shape)
             else:
                 changed = difference.to(target.device, torch.float32)
-            target.copy_(original.float() + scale * changed)
+            target.copy_(original.to(target.device, torch.float32) + scale * changed)
         self._scale = scale
 
 
@@ -118,8 +118,11 @@ def apply(folder: Path, parts: Mapping[str, torch.nn.Module], scale: float = 1.0
     if facts.get("format") != FORMAT:
         raise ModelMissing(f"adapter: format {facts.get('format')!r} is unknown, this version reads {FORMAT}")
     applied = AppliedAdapter(facts=facts)
+    # The parameters themselves: a part that lies aside takes them from one memory to another.
     weights = {
-        weight_key(part, name): value for part, module in parts.items() for name, value in module.state_dict().items()
+        weight_key(part, name): value
+        for part, module in parts.items()
+        for name, value in module.state_dict(keep_vars=True).items()
     }
     for key in sorted(tensors):
         if key.endswith(".lora_B.weight"):

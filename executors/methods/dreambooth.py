@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from executors.memory.plan import TrainingNeeds, training_parts
+from executors.memory.plan import Place, TrainingNeeds, training_parts
 from executors.methods import (
     adapters,
     buckets,
@@ -60,6 +60,9 @@ class DreamBooth:
         if model is None:
             raise ModelMissing("base_model: dreambooth needs a base model; name one")
         self._loaded = pipelines.load(model, where, device.training_dtype(device.resolve(where)))
+        if self._loaded.residence.place is Place.LAYERS:
+            # Gradients need the weights of the way there on the way back.
+            raise MemoryError(f"base_model: the weights of {model.id} do not fit the device, which a training needs")
         self._base_sha256 = provenance.base_digest(model.base_dir)
 
     def run(self, parameters: BaseModel, context: MethodContext) -> MethodResult:
