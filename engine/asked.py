@@ -64,7 +64,7 @@ class Asked:
             key = (method, model, slots, replace(demand, gpu_memory_bytes=0))
             kind = self._kinds.get(key)
             if kind is None:
-                kind = self._kinds[key] = Kind(repr(key))
+                kind = self._kinds[key] = Kind(repr(key), (method, model))
             self._kind_of[asked] = kind
         return kind
 

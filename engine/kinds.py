@@ -24,11 +24,13 @@ class WarmSet:
 class Kind:
     """Pods that can stand in for each other: the same method, model, slots and demand besides GPU memory."""
 
-    __slots__ = ("awake", "key", "lines", "sets", "waiting")
+    __slots__ = ("awake", "key", "lines", "serves", "sets", "waiting")
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, serves: tuple[str, str]) -> None:
         self.key = key
         """What kinds are sorted by."""
+        self.serves = serves
+        """(method, model)."""
         self.sets: list[WarmSet] = []
         """By rising cap."""
         self.lines: dict[tuple[int, int], WarmLine] = {}

@@ -21,6 +21,11 @@ The band is -1 for an aged task whose turn it is.
 Entry = tuple[int, int, int, Task]
 """(key, sequence number, ticket, task)."""
 
+Head = tuple[Rank, Task]
+"""Who is next, with the rank to compare with others."""
+
+_EMPTIED = 16
+"""A line in which nobody waits any more is emptied when it holds more void entries than this."""
 
 _Waiting = list[Entry]
 """Tasks of one account (a group, or all of a tenant) as a heap."""
@@ -86,7 +91,7 @@ class _Band:
         else:
             heappush(tasks, entry)
 
-    def head(self, band: int) -> tuple[Rank, Task] | None:
+    def head(self, band: int) -> Head | None:
         heap = self.heap
         while heap:
             entry = heap[0]
@@ -136,7 +141,21 @@ class _Band:
 class Line:
     """Tasks that wait for the same thing: a slot in a warm Pod of their kind, or room for a new Pod of their demand."""
 
-    __slots__ = ("active", "bands", "common", "live", "node", "parked", "pushed")
+    __slots__ = (
+        "_first",
+        "_group",
+        "_group_vtime",
+        "_tenant",
+        "_tenant_vtime",
+        "_ticket",
+        "active",
+        "bands",
+        "common",
+        "live",
+        "node",
+        "parked",
+        "pushed",
+    )
 
     def __init__(self, node: int, parked: Parked, common: Tenant) -> None:
         self.node = node
@@ -149,9 +168,27 @@ class Line:
         self.live = 0
         self.pushed = 0
         self.active = False
+        self._first: Head | None = None
+        """Who was next when that was asked last; None: it has to be looked for.
+
+        It still holds while nobody came who ranks before, its ticket is good, and its own accounts are as they were: the virtual
+        times of others only grow.
+        """
+        self._ticket = 0
+        self._tenant: Account = common
+        self._group: Account = common
+        self._tenant_vtime = self._group_vtime = 0
 
     def push(self, entry: Entry, band: int, tenant: Account, tenant_seq: int, group: Account, group_seq: int) -> None:
         """Add a task under its ticket, and under the accounts that rank it."""
+        if self.live == 0 and self.pushed > _EMPTIED:
+            self._empty()
+        first = self._first
+        if (
+            first is not None
+            and (band, tenant.vtime, tenant_seq, group.vtime, group_seq, entry[0], entry[1]) < first[0]
+        ):
+            self._first = None
         self.live += 1
         self.pushed += 1
         into = self.bands[band]
@@ -164,6 +201,17 @@ class Line:
         if self.pushed > 64 + 2 * self.live:
             self.compact()
 
+    def _empty(self) -> None:
+        """Drop every entry, where none is of a task that waits: cheaper than to look at each, and the accounts are few."""
+        for band in self.bands:
+            if band.parked_tenants or band.parked_tasks:
+                return
+        self.pushed = 0
+        self._first = None
+        for band in self.bands:
+            band.heap.clear()
+            band.by_tenant.clear()
+
     def compact(self) -> None:
         """Drop the entries whose tickets are void, so that memory follows what waits, not what ever waited."""
         self.pushed = 0
@@ -174,25 +222,49 @@ class Line:
                     heapify(tasks)
                     self.pushed += len(tasks)
 
-    def head(self) -> tuple[Rank, Task] | None:
+    def head(self) -> Head | None:
         """Return who is next, with the rank to compare with other lines, or None."""
         if self.live == 0:
             return None
+        first = self._first
+        if first is not None:
+            task = first[1]
+            if (
+                task.line_ticket == self._ticket
+                and self._tenant.vtime == self._tenant_vtime
+                and self._group.vtime == self._group_vtime
+            ):
+                tenant = task.tenant
+                if not tenant.max_running or tenant.running < tenant.max_running:
+                    return first
+        return self._look()
+
+    def _look(self) -> Head | None:
+        """Look for who is next in the bands, and remember it."""
         urgent, aged, ordinary = self.bands
         found = urgent.head(0) if urgent.heap else None
         if found is None and aged.heap:
             found = aged.head(1)
         if found is None and ordinary.heap:
             found = ordinary.head(2)
+        self._first = found
+        if found is not None:
+            rank, task = found
+            self._ticket = task.line_ticket
+            common = self.common[0]
+            self._tenant = common if rank[2] < 0 else task.tenant
+            self._group = common if rank[4] < 0 or task.group is None else task.group
+            self._tenant_vtime, self._group_vtime = rank[1], rank[3]
         return found
 
-    def aged_head(self) -> tuple[Rank, Task] | None:
+    def aged_head(self) -> Head | None:
         """Return the aged task that is next, with the rank it has when it is the turn of the aged, or None."""
         aged = self.bands[1]
         return aged.head(-1) if self.live and aged.heap else None
 
     def unpark(self, tenant: Tenant) -> bool:
         """Let as many of a tenant's tasks be seen again as it may run; tell whether some stay parked."""
+        self._first = None
         for band in self.bands:
             band.unpark(tenant)
         return any(band.holds(tenant) for band in self.bands)

@@ -22,15 +22,21 @@ class _Node:
         self.splinters = 0.0
 
 
-class _Pod:
-    __slots__ = ("demand", "grants", "node", "running", "share")
+class LedgerPod:
+    """A Pod with its devices, and how many tasks are in it."""
 
-    def __init__(self, node: str, grants: tuple[GpuGrant, ...], demand: Demand) -> None:
+    __slots__ = ("demand", "gone", "gpu_model", "grants", "node", "place", "running", "share")
+
+    def __init__(self, node: str, place: _Node, grants: tuple[GpuGrant, ...], demand: Demand) -> None:
         self.node = node
+        self.place = place
         self.grants = grants
         self.demand = demand
         self.running = 0
-        self.share = sum(grant.share for grant in grants)
+        self.share = sum([grant.share for grant in grants])
+        self.gpu_model = place.gpus.get(grants[0].uuid, "*") if grants else "*"
+        """The GPU model it runs on; ``*`` when it has none."""
+        self.gone = False
 
 
 class GpuLedger:
@@ -39,9 +45,10 @@ class GpuLedger:
     def __init__(self) -> None:
         self.capacity, self.granted, self.busy, self.splinters = Bins(), Bins(), Bins(), Bins()
         self._nodes: dict[str, _Node] = {}
-        self._pods: dict[int, _Pod] = {}
+        self._pods: dict[int, LedgerPod] = {}
         self._kinds: dict[tuple[int, int], int] = {}
         self._wanted = 0
+        self._last: tuple[Demand, tuple[int, int]] | None = None
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -77,29 +84,31 @@ class GpuLedger:
         node.healthy = {}
         self._judge(now, node)
 
-    def gpu_model(self, pod: int) -> str:
-        """Return the GPU model a Pod runs on; ``*`` when it has none."""
-        known = self._pods.get(pod)
-        if known is None or not known.grants:
-            return "*"
-        return self._nodes[known.node].gpus.get(known.grants[0].uuid, "*")
-
     # --- Pods ---------------------------------------------------------------------------------------------------------
 
     def wanted(self, demand: Demand) -> None:
         """Note what kinds of demand there are: fragmentation is judged by them."""
-        if demand.gpus:
+        last = self._last
+        if last is not None and last[0] is demand:
+            self._kinds[last[1]] += 1
+            self._wanted += 1
+        elif demand.gpus:
             kind = (demand.gpus, demand.gpu_share)
             if kind in self._kinds or len(self._kinds) < _CLASSES:
                 self._kinds[kind] = self._kinds.get(kind, 0) + 1
                 self._wanted += 1
+                self._last = (demand, kind)
+
+    def pod(self, number: int) -> LedgerPod | None:
+        """Return a Pod that is there."""
+        return self._pods.get(number)
 
     def pod_created(self, now: Micros, order: CreatePod) -> None:
         """Take the devices for a Pod."""
         node = self._nodes.get(order.node)
         if node is None or order.pod in self._pods:
             return
-        pod = self._pods[order.pod] = _Pod(order.node, order.grants, order.demand)
+        pod = self._pods[order.pod] = LedgerPod(order.node, node, order.grants, order.demand)
         for grant in order.grants:
             node.free[grant.uuid] = node.free.get(grant.uuid, WHOLE_GPU) - grant.share
         self.granted.change(now, pod.share)
@@ -113,31 +122,30 @@ class GpuLedger:
         node = self._nodes[pod.node]
         for grant in pod.grants:
             node.free[grant.uuid] += grant.share
+        pod.gone = True
         self.granted.change(now, -pod.share)
         if pod.running:
             self.busy.change(now, -pod.share)
             node.busy.change(now, -pod.share)
         self._judge(now, node)
 
-    def task_began(self, now: Micros, number: int) -> None:
+    def task_began(self, now: Micros, pod: LedgerPod | None) -> None:
         """Count a task into its Pod: the Pod's GPUs are busy while it has one."""
-        pod = self._pods.get(number)
-        if pod is None:
+        if pod is None or pod.gone:
             return
         pod.running += 1
         if pod.running == 1:
             self.busy.change(now, pod.share)
-            self._nodes[pod.node].busy.change(now, pod.share)
+            pod.place.busy.change(now, pod.share)
 
-    def task_ended(self, now: Micros, number: int) -> None:
+    def task_ended(self, now: Micros, pod: LedgerPod | None) -> None:
         """Count a task out of its Pod."""
-        pod = self._pods.get(number)
-        if pod is None or not pod.running:
+        if pod is None or pod.gone or not pod.running:
             return
         pod.running -= 1
         if not pod.running:
             self.busy.change(now, -pod.share)
-            self._nodes[pod.node].busy.change(now, -pod.share)
+            pod.place.busy.change(now, -pod.share)
 
     def _judge(self, now: Micros, node: _Node) -> None:
         """Work out the share of a node's free GPUs that a task like those seen so far could not use."""

@@ -7,8 +7,10 @@ from engine.tasks import SECOND, Micros
 from sim.sketches import jain
 
 
-class _Tenant:
-    __slots__ = ("at", "contended", "served", "serving", "waiting", "weight")
+class Share:
+    """What one tenant gets."""
+
+    __slots__ = ("contended", "contended_at", "served", "served_at", "serving", "waiting", "weight")
 
     def __init__(self) -> None:
         self.weight = 1
@@ -18,7 +20,8 @@ class _Tenant:
         """Thousandths of GPUs x microseconds, over all time."""
         self.contended = 0.0
         """The same, while at least two tenants had tasks waiting."""
-        self.at: tuple[Micros, Micros] = (0, 0)
+        self.served_at: Micros = 0
+        self.contended_at: Micros = 0
         """Time and contended time when `serving` last changed."""
 
 
@@ -26,46 +29,51 @@ class Shares:
     """Service by tenant. Only contended time tells about fairness: an idle cluster gives everybody all they ask for."""
 
     def __init__(self) -> None:
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, Share] = {}
         self._in_need = 0
         self._contended_us: Micros = 0
         self._since: Micros = 0
 
     def configure(self, tenant: str, weight: int) -> None:
         """Set a tenant's weight."""
-        self._tenant(tenant).weight = max(1, weight)
+        self.of(tenant).weight = max(1, weight)
 
-    def waits(self, now: Micros, tenant: str, by: int) -> None:
-        """Raise the number of a tenant's waiting tasks."""
-        self._clock(now)
-        known = self._tenant(tenant)
-        before = known.waiting > 0
-        known.waiting += by
-        self._in_need += (known.waiting > 0) - before
-
-    def serves(self, now: Micros, tenant: str, by: float) -> None:
-        """Raise the thousandths of GPUs that serve a tenant."""
-        self._clock(now)
-        known = self._tenant(tenant)
-        self._settle(known, now)
-        known.serving += by
-
-    def _tenant(self, name: str) -> _Tenant:
-        known = self._tenants.get(name)
+    def of(self, tenant: str) -> Share:
+        """Return what a tenant gets, from nothing on first sight."""
+        known = self._tenants.get(tenant)
         if known is None:
-            known = self._tenants[name] = _Tenant()
+            known = self._tenants[tenant] = Share()
         return known
+
+    def waits(self, now: Micros, tenant: Share, by: int) -> None:
+        """Raise the number of a tenant's waiting tasks."""
+        if now != self._since:
+            self._clock(now)
+        before = tenant.waiting
+        tenant.waiting = after = before + by
+        if after > 0:
+            if before <= 0:
+                self._in_need += 1
+        elif before > 0:
+            self._in_need -= 1
+
+    def serves(self, now: Micros, tenant: Share, by: float) -> None:
+        """Raise the thousandths of GPUs that serve a tenant."""
+        if now != self._since:
+            self._clock(now)
+        self._settle(tenant, now)
+        tenant.serving += by
 
     def _clock(self, now: Micros) -> None:
         if self._in_need >= 2:
             self._contended_us += now - self._since
         self._since = now
 
-    def _settle(self, tenant: _Tenant, now: Micros) -> None:
-        since, contended = tenant.at
-        tenant.served += tenant.serving * (now - since)
-        tenant.contended += tenant.serving * (self._contended_us - contended)
-        tenant.at = (now, self._contended_us)
+    def _settle(self, tenant: Share, now: Micros) -> None:
+        if tenant.serving:
+            tenant.served += tenant.serving * (now - tenant.served_at)
+            tenant.contended += tenant.serving * (self._contended_us - tenant.contended_at)
+        tenant.served_at, tenant.contended_at = now, self._contended_us
 
     def close(self, now: Micros) -> None:
         """Bring everything up to this moment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.tasks import SECOND, Micros
@@ -38,7 +38,26 @@ class Sketch:
 
     def add(self, value: int) -> None:
         """Add one value; anything below 1 counts as 0."""
-        add_to_all((self,), value)
+        self.count += 1
+        if value < 1:
+            self._zeros += 1
+            return
+        self.total += value
+        if value > self.highest:
+            self.highest = value
+        bucket = int(math.log(value) / _GAMMA)
+        buckets = self._buckets
+        buckets[bucket] = buckets.get(bucket, 0) + 1
+
+    def merge(self, other: Sketch) -> None:
+        """Add everything that another one was given."""
+        self._zeros += other._zeros
+        self.count += other.count
+        self.total += other.total
+        self.highest = max(self.highest, other.highest)
+        buckets = self._buckets
+        for bucket, count in other._buckets.items():
+            buckets[bucket] = buckets.get(bucket, 0) + count
 
     def quantile(self, share: float) -> float:
         """Return the value below which this share of the values lies; 0 when there is none."""
@@ -74,23 +93,6 @@ class Sketch:
         return curve
 
 
-def add_to_all(sketches: Sequence[Sketch], value: int) -> None:
-    """Add one value to several sketches."""
-    if value < 1:
-        for sketch in sketches:
-            sketch.count += 1
-            sketch._zeros += 1
-        return
-    bucket = int(math.log(value) / _GAMMA)
-    for sketch in sketches:
-        sketch.count += 1
-        sketch.total += value
-        if value > sketch.highest:
-            sketch.highest = value
-        buckets = sketch._buckets
-        buckets[bucket] = buckets.get(bucket, 0) + 1
-
-
 class Bins:
     """Integrals of a step function over equal bins of time; when time outgrows them, bins are merged in pairs."""
 
@@ -115,7 +117,8 @@ class Bins:
 
     def change(self, now: Micros, by: float) -> None:
         """Raise the value from now on."""
-        self.advance(now)
+        if now > self._since:
+            self.advance(now)
         self._value += by
 
     def advance(self, now: Micros) -> None:

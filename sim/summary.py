@@ -5,47 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.tasks import SECOND, Quantiles, TaskState
-from sim.sketches import Sketch, Spread
+from engine.tasks import SECOND, TaskState
+from sim.sketches import Spread
 
 if TYPE_CHECKING:
     from sim.metrics import Metrics
-
-
-class Coverage:
-    """How well predicted run times held."""
-
-    __slots__ = ("_absolute", "_relative", "_within", "count")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._within = {"p50": 0, "p90": 0, "p99": 0}
-        self._relative = Sketch()
-        self._absolute = 0
-
-    def add(self, predicted: Quantiles, run_us: int) -> None:
-        """Compare one prediction with what happened."""
-        self.count += 1
-        self._within["p50"] += run_us <= predicted.p50
-        self._within["p90"] += run_us <= predicted.p90
-        self._within["p99"] += run_us <= predicted.p99
-        error = abs(predicted.p50 - run_us)
-        self._absolute += error
-        self._relative.add(error * 1_000_000 // max(1, run_us))
-
-    def report(self) -> dict[str, float]:
-        """Return the shares of run times within the predicted quantiles, and the median's errors."""
-        if not self.count:
-            return {"count": 0}
-        shares = {f"within_{name}": number / self.count for name, number in self._within.items()}
-        relative = self._relative.spread()
-        return {
-            "count": self.count,
-            **shares,
-            "mean_error_s": self._absolute / self.count / SECOND,
-            "mean_relative_error": relative.mean,
-            "median_relative_error": relative.p50,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +60,20 @@ def summarise(metrics: Metrics) -> Summary:
     }
     hours["busy"], hours["splinters"] = ledger.gpu_hours(ledger.busy), ledger.gpu_hours(ledger.splinters)
     free = hours["capacity"] - hours["granted"]
-    attempts = metrics.counts["attempts"]
-    counts = dict(sorted(metrics.counts.items()))
+    counts = metrics.counts
+    attempts = counts["attempts"]
+    waiting, completion = metrics.waiting, metrics.completion
     ends = {
         state.value: metrics.ends[state.value]
         for state in (TaskState.FINISHED, TaskState.CANCELLED, TaskState.REJECTED, TaskState.DEAD)
     }
     begun = metrics.first_at or 0
     return Summary(
-        waiting={name: sketch.spread() for name, sketch in sorted(metrics.waiting.items())},
-        completion={name: sketch.spread() for name, sketch in sorted(metrics.completion.items())},
-        waiting_curve={name: tuple(sketch.curve()) for name, sketch in sorted(metrics.waiting.items())},
+        waiting={name: sketch.spread() for name, sketch in sorted(waiting.items())},
+        completion={name: sketch.spread() for name, sketch in sorted(completion.items())},
+        waiting_curve={name: tuple(sketch.curve()) for name, sketch in sorted(waiting.items())},
         ends={**ends, "open": len(metrics.open)},
-        counts=counts,
+        counts=dict(sorted(counts.items())),
         failures=dict(sorted(metrics.failures.items())),
         stops=dict(sorted(metrics.stops.items())),
         gpu={
@@ -123,7 +88,7 @@ def summarise(metrics: Metrics) -> Summary:
         fairness={
             "jain": metrics.shares.fairness(),
             "contended_hours": metrics.shares.contended_hours(),
-            "warm_starts": _share(metrics.counts["warm_starts"], attempts),
+            "warm_starts": _share(counts["warm_starts"], attempts),
         },
         tenant_gpu_hours=metrics.shares.gpu_hours(),
         coverage=metrics.coverage.report(),

@@ -189,7 +189,9 @@ def _let_go(turn: Turn) -> None:
         return
     longest_us = turn.limits.idle_ttl_us
     wanted = {(each.method, each.model): wanted_ahead(turn, each) for each in forecast.models}
-    for pod in list(turn.backlog.idle.values()):
+    idle = turn.backlog.idle
+    for number in sorted(idle):  # a recovered engine has them in another order
+        pod = idle[number]
         key = (pod.method, pod.model)
         worth_us = turn.backlog.idle_pods.load_us(pod) * 1000 // hold if hold else longest_us
         if not _is_idle(pod) or turn.now - pod.idle_since < min(longest_us, worth_us):

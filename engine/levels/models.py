@@ -35,13 +35,14 @@ def next_for_room(turn: Turn, line: RoomLine) -> Head | None:
     worth_us = load_us * (WORTH_LOADS if line.live > len(turn.state.pods) else 1)
     first: Head | None = None
     fullest: Head | None = None
+    by_model = turn.backlog.by_model
     most, among = 0, 1  # waiting tasks and Pods of the fullest model, one more Pod counted in
     for kind in turn.backlog.kinds_waiting:
         head = _head_of(kind, line)
         if head is None:
             continue
         waiting = kind.waiting
-        pods = _pods_of(turn, head[1])
+        pods = len(by_model.get(kind.serves, ()))
         if pods and not _earns(turn, head[1], waiting // pods, load_us, worth_us):
             continue
         if head[1].urgent or head[1].pending_since + turn.profile.gather_us <= turn.now:

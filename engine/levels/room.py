@@ -18,6 +18,8 @@ MOST_NODES = 32
 """How many nodes are tried for one task."""
 MOST_PODS = 8 * MOST_NODES
 """How many idle Pods are looked at for one task."""
+FIRST_PODS = 8
+"""How many of them are sorted out first: mostly one of them does."""
 
 
 def claim(
@@ -52,22 +54,28 @@ def make_room(turn: Turn, task: Task | None, line: RoomLine) -> tuple[Node, tupl
     """Return a node, the devices and the idle Pods that must go; None when that makes no room."""
     idle_pods = turn.backlog.idle_pods
     tried: dict[int, None] = {}
-    for pod in idle_pods.first_few(MOST_PODS):
-        node = pod.node
-        if idle_pods.pays_for_load(pod, turn.now):
-            continue
-        if node.index in tried or (line.node >= 0 and node.index != line.node):
-            continue
-        if node.exclusive not in (None, task.group if task is not None else None) or (
-            node.exclusive is not None and line.node < 0
-        ):
-            continue
-        if len(tried) >= MOST_NODES:
-            return None
-        tried[node.index] = None
-        found = _try_empty(turn, line, node) if line.fit.empty else _try_node(turn, line, node)
-        if found is not None:
-            return node, found[0], found[1]
+    seen = 0
+    for most in (FIRST_PODS, MOST_PODS):
+        few = idle_pods.first_few(most)
+        for pod in few[seen:]:
+            node = pod.node
+            if idle_pods.pays_for_load(pod, turn.now):
+                continue
+            if node.index in tried or (line.node >= 0 and node.index != line.node):
+                continue
+            if node.exclusive not in (None, task.group if task is not None else None) or (
+                node.exclusive is not None and line.node < 0
+            ):
+                continue
+            if len(tried) >= MOST_NODES:
+                return None
+            tried[node.index] = None
+            found = _try_empty(turn, line, node) if line.fit.empty else _try_node(turn, line, node)
+            if found is not None:
+                return node, found[0], found[1]
+        if len(few) < most:
+            break
+        seen = most
     return None
 
 
