@@ -240,7 +240,7 @@ class Attempts:
             alone_us = attempt.batch_at - attempt.began_at + round(attempt.total_us)
             company = round(1000 * attempt.company_us / max(1, now - attempt.batch_at))
         self._world.emit(
-            _FINISHED.make((req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes, alone_us, company))
+            _FINISHED.make((req_no, number, rank, f"sim:{req_no}", spent, attempt.peak_bytes, alone_us, company, 0))
         )
 
     def _leave(self, attempt: SimAttempt) -> None:
