@@ -115,6 +115,25 @@ def test_the_emptiest_nodes_leave_and_none_of_others(fleet, node, task) -> None:
     assert "own" not in left
 
 
+def test_of_empty_nodes_those_leave_that_load_slowest_then_those_unused_for_longest(fleet, task) -> None:
+    def left(loads: tuple[int, ...], keep: float) -> list[str]:
+        made = fleet(len(loads))
+        for number, load_s in enumerate(loads):
+            made.submit(task(f"t{number}", demand=DEMAND, model=f"m{number}", method="text_to_image"))
+            (pod,) = [pod.number for pod in made.engine.state.pods.values() if pod.model == f"m{number}"]
+            made.answer(made.step(PodStarted(pod), after=load_s))
+        used = {made.where(f"t{number}"): number for number in range(len(loads))}
+        for number in range(len(loads)):
+            made.finish(f"t{number}")
+        orders = []
+        for _ in range(10):
+            orders += _scaled(made.step(_forecast(keep), CapacityChecked(), after=60))
+        return [f"t{used[name]}" for order in orders for name in order.leave]
+
+    assert left((5, 50, 5), 1.8) == ["t1"], "the slowest"
+    assert left((5, 5, 5), 1.8) == ["t0"], "of alike ones that whose model was used longest ago"
+
+
 def test_there_is_no_order_without_a_fleet(desk) -> None:
     made = desk(replace(profiles.load("aigc"), scale_after_us=0))
     made.node("e-0")
