@@ -20,6 +20,10 @@ class Meter(Protocol):
         """Return what this process may allocate in all; None where nobody says."""
         ...
 
+    def card_bytes(self) -> int | None:
+        """Return what a process may allocate that has the whole card; None where nobody says."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Return what this process may still allocate; None where nobody says."""
         ...
@@ -45,6 +49,10 @@ class CudaMeter:
         own = torch.cuda.memory_reserved(self._device)
         return min(int(_fraction(self._device) * total), free + own)
 
+    def card_bytes(self) -> int:
+        """Return the card's memory."""
+        return int(torch.cuda.mem_get_info(self._device)[1])
+
     def free_bytes(self) -> int:
         """Return the room less what is allocated; memory that the allocator only holds back counts as free."""
         return max(0, self.room_bytes() - int(torch.cuda.memory_allocated(self._device)))
@@ -68,6 +76,10 @@ class HostMeter:
 
     def room_bytes(self) -> None:
         """Return None: limits of the host's memory are the cgroup's."""
+        return
+
+    def card_bytes(self) -> None:
+        """Return None, as `room_bytes`."""
         return
 
     def free_bytes(self) -> None:

@@ -67,6 +67,8 @@ class MemoryPlan:
     _ratios: dict[Phase, float] = field(default_factory=dict)
     settled: Place = Place.DEVICE
     """Where the parts lie, once they do."""
+    card_bytes: int = 0
+    """What could be allocated if the card were this process's alone; 0: it is."""
 
     def place(self, width: int, height: int, rows: int = 2) -> Place:
         """Decide where the parts lie, so that at least one picture of the model's own size can be made."""
@@ -77,6 +79,12 @@ class MemoryPlan:
             if self.least_bytes(width, height, rows, place) <= self.room_bytes:
                 return place
         return Place.NOWHERE
+
+    def wants_the_card(self, width: int, height: int) -> bool:
+        """Whether layers need not travel on the whole card: then it is better to run again there than to run slowly here."""
+        if self.card_bytes <= self.room_bytes or self.place(width, height) is not Place.LAYERS:
+            return False
+        return MemoryPlan(self.footprint, self.item_bytes, self.card_bytes).place(width, height) is not Place.LAYERS
 
     def least_bytes(self, width: int, height: int, rows: int = 2, place: Place = Place.ASIDE) -> int:
         """Return the smallest room in which one picture can be made with the parts in a place, decoded in tiles if need be.

@@ -30,6 +30,8 @@ class Residence:
 def settle(pipe: Any, device: torch.device, plan: MemoryPlan | None, width: int, height: int) -> Residence:
     """Move a pipeline to its place and tell the plan; raises MemoryError when not even its largest layer fits.
 
+    Also when its layers would have to travel here, and not on the whole card.
+
     `plan` is None where the model's needs or the device's room are not known: then everything goes onto the device.
     """
     place = Place.DEVICE if plan is None else plan.place(width, height)
@@ -38,6 +40,11 @@ def settle(pipe: Any, device: torch.device, plan: MemoryPlan | None, width: int,
         raise MemoryError(
             f"model: it needs at least {aside:.2f} GiB of GPU memory for one picture of {width}x{height}, {layers:.2f} GiB with "
             f"its layers one after the other; {plan.room_bytes / GIB:.2f} GiB are there"
+        )
+    if plan is not None and plan.wants_the_card(width, height):
+        raise MemoryError(
+            f"model: it needs at least {plan.least_bytes(width, height) / GIB:.2f} GiB of GPU memory, its share of the card is "
+            f"{plan.room_bytes / GIB:.2f} GiB; give it the whole card of {plan.card_bytes / GIB:.2f} GiB"
         )
     if place is Place.DEVICE or plan is None:
         pipe.to(device)

@@ -152,7 +152,7 @@ def _plan(folder: Path, precision: torch.dtype, meter: Meter) -> MemoryPlan | No
     if room is None:
         return None
     try:
-        return MemoryPlan(read_footprint(folder), precision.itemsize, room)
+        return MemoryPlan(read_footprint(folder), precision.itemsize, room, card_bytes=meter.card_bytes() or 0)
     except FootprintUnknown:
         return None
 

@@ -195,6 +195,18 @@ def test_the_strength_of_an_adapter_changes_weights_that_were_elsewhere_meanwhil
     assert torch.allclose(encoder.get_parameter(key), base + 0.5)
 
 
+def test_a_share_in_which_layers_would_travel_is_given_back_where_the_whole_card_would_do(
+    tiny: pipelines.LoadedPipeline,
+) -> None:
+    footprint = read_footprint(TINY)
+    room = narrow(footprint).room_bytes
+    roomy, full = (MemoryPlan(footprint, 4, room, card_bytes=card) for card in (64 << 20, room + 1))
+    with pytest.raises(MemoryError, match=r"its share of the card is 0\.0\d GiB; give it the whole card of 0\.06 GiB"):
+        residence.settle(tiny.pipe, CPU, roomy, 64, 64)
+    assert residence.settle(tiny.pipe, CPU, full, 64, 64).place is Place.LAYERS, "no card here does better"
+    assert not MemoryPlan(footprint, 4, 32 << 20, card_bytes=64 << 20).wants_the_card(64, 64)
+
+
 # --- the plan -----------------------------------------------------------------------------------------------------------
 
 
