@@ -9,31 +9,26 @@ The attempts in a Pod's slots run at once where its method can share the device;
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engine.tasks import FailureCause
 from executors.dfs import ObjectFileStore
-from executors.limits import Box, Limiter, PodLimits, ProcessLimits, open_limiter
-from executors.pod_main import Key, PodSpec, log_tail
+from executors.limits import Box, Limiter, ProcessLimits, open_limiter
+from executors.pod_main import PodSpec, log_tail
 from executors.pod_models import ModelCache
 from executors.pod_nursery import Nursery
+from executors.pod_record import HostedPod, attempt_report, cause_of_death, gpu_cap_bytes, limits_of
 from executors.pod_watch import Patience, StepWatch
 from executors.pod_wire import Channel
 from executors.ports import (
-    AttemptFailed,
-    AttemptFinished,
-    AttemptProgressed,
-    AttemptStarted,
     AttemptStopped,
     DevicePlugin,
     PodDown,
@@ -42,6 +37,9 @@ from executors.ports import (
     PodUp,
 )
 from executors.residency.stock import NodeStock
+from executors.work_dir import WorkDirectoryInUse, lock
+
+__all__ = ["LocalPodHost", "WorkDirectoryInUse"]
 
 LOAD_LIMIT_S = 900.0
 """A Pod that has not loaded its model by then is killed."""
@@ -58,38 +56,6 @@ LIGHT_METHODS = frozenset({"sleep"})
 """Methods that need no torch, and so are born by a nursery that has not imported it."""
 
 _REQ_NO = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
-class WorkDirectoryInUse(RuntimeError):
-    """Another agent works in this directory."""
-
-
-@dataclass(slots=True)
-class _Pod:
-    """A Pod as the host knows it, from order to grave."""
-
-    order: PodOrder
-    nursery: Nursery
-    channel: Channel
-    box: Box
-    limits: PodLimits
-    directory: Path
-    kill_at: float | None
-    """When to kill it: the limit on loading, or a grace."""
-    why: FailureCause = FailureCause.TIMED_OUT
-    """Cause to report when `kill_at` comes."""
-    why_detail: str = "its model was not loaded in time"
-    up: bool = False
-    ordered: bool = False
-    """Its end is our order, not its failure."""
-    pid: int = 0
-    killed: bool = False
-    told: tuple[FailureCause, str] | None = None
-    """What the Pod itself said about its end."""
-    begun: set[Key] = field(default_factory=set)
-    """Attempts that run; others wait for their turn."""
-    attempts: dict[Key, float | None] = field(default_factory=dict)
-    """Attempts it has -> when the grace of a stop ends; None while no stop is ordered."""
 
 
 class LocalPodHost:
@@ -124,11 +90,7 @@ class LocalPodHost:
         self._store = store
         self._work_dir = work_dir.resolve()
         self._pods_dir = self._work_dir / "pods"
-        self._work_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._work_dir / "host.lock").open("ab")
-        if not _locked(self._lock, lock_wait_s):
-            self._lock.close()
-            raise WorkDirectoryInUse(f"work directory {work_dir}: another agent works here; give each agent its own")
+        self._lock = lock(self._work_dir, lock_wait_s)
         shutil.rmtree(self._pods_dir, ignore_errors=True)
         self._pods_dir.mkdir()
         self.models = models or ModelCache(self._work_dir / "models", store.url)
@@ -137,7 +99,7 @@ class LocalPodHost:
         self.limiter = open_limiter(f"aigc-{tag}") if cgroups else Limiter(notes=("cgroup: switched off",))
         self.limiter.sweep()
         self._load_limit_s = load_limit_s
-        self._pods: dict[int, _Pod] = {}
+        self._pods: dict[int, HostedPod] = {}
         self._watch = StepWatch(patience or Patience())
         self._nurseries: dict[str, Nursery] = {}
         self._reports: list[PodReport] = []
@@ -300,13 +262,13 @@ class LocalPodHost:
         directory = self._pods_dir / str(order.pod)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        limits = _limits(order, device)
+        limits = limits_of(order, device)
         box = self.limiter.make(str(order.pod), limits)
         if device == "cuda" and isinstance(box, ProcessLimits):
             box = ProcessLimits()  # CUDA reserves more private memory than it uses: RLIMIT_DATA would forbid it.
         ours, theirs = socket.socketpair()
         nursery = self._nursery("light" if order.method in LIGHT_METHODS or order.method in self._methods else "torch")
-        pod = _Pod(order, nursery, Channel(ours), box, limits, directory, time.monotonic() + self._load_limit_s)
+        pod = HostedPod(order, nursery, Channel(ours), box, limits, directory, time.monotonic() + self._load_limit_s)
         self._pods[order.pod] = pod
         pod.channel.send({"op": "spec", "spec": asdict(self._spec(pod, environment, device))})
         nursery.create(order.pod, theirs)
@@ -318,7 +280,7 @@ class LocalPodHost:
             self._nurseries[kind] = nursery
         return nursery
 
-    def _spec(self, pod: _Pod, environment: Mapping[str, str], device: str) -> PodSpec:
+    def _spec(self, pod: HostedPod, environment: Mapping[str, str], device: str) -> PodSpec:
         order = pod.order
         return PodSpec(
             pod=order.pod,
@@ -333,12 +295,12 @@ class LocalPodHost:
             environment=dict(environment),
             join_files=pod.box.join_files,
             data_bytes=pod.box.data_bytes,
-            gpu_memory_cap_bytes=order.gpu_memory_cap_bytes,
+            gpu_memory_cap_bytes=gpu_cap_bytes(order),
             threads=1 if device == "cpu" else max(1, order.cpu_milli // 1000),
             slots=order.slots,
         )
 
-    def _listen(self, pod: _Pod) -> None:
+    def _listen(self, pod: HostedPod) -> None:
         for message in pod.channel.receive():
             op = message["op"]
             if op == "up":
@@ -352,9 +314,9 @@ class LocalPodHost:
                 pod.told = (FailureCause(message["cause"]), message["detail"])
             else:
                 self._note_pace(pod, message)
-                self._reports.append(_attempt_report(pod, message))
+                self._reports.append(attempt_report(pod, message))
 
-    def _note_pace(self, pod: _Pod, message: Mapping[str, Any]) -> None:
+    def _note_pace(self, pod: HostedPod, message: Mapping[str, Any]) -> None:
         number, now = pod.order.pod, time.monotonic()
         key = tuple(message["key"])
         match message["op"]:
@@ -388,13 +350,13 @@ class LocalPodHost:
             pod.told = pod.told or (FailureCause.CRASHED, f"the {kind} nursery ended, its Pods with it\n{tail}")
             self._bury(pod, None)
 
-    def _bury(self, pod: _Pod, status: int | None) -> None:
+    def _bury(self, pod: HostedPod, status: int | None) -> None:
         """Report the end of a Pod of which nothing lives, and clear away what it had."""
         number = pod.order.pod
         for (req_no, attempt, rank), deadline in pod.attempts.items():
             if deadline is not None:
                 self._reports.append(AttemptStopped(req_no, attempt, rank=rank))
-        cause, detail = _cause_of_death(pod, status)
+        cause, detail = cause_of_death(pod, status)
         if cause is FailureCause.CRASHED and (gone := self._device_gone(pod.order)):
             cause, detail = FailureCause.GPU_LOST, f"{gone}; the Pod {detail}"
         tail = "" if pod.ordered else log_tail(pod.directory / "pod.log")
@@ -406,7 +368,7 @@ class LocalPodHost:
         shutil.rmtree(pod.directory, ignore_errors=True)
         del self._pods[number]
 
-    def _enforce(self, pod: _Pod, now: float) -> None:
+    def _enforce(self, pod: HostedPod, now: float) -> None:
         if pod.killed:
             return
         overdue = [key for key, deadline in pod.attempts.items() if deadline is not None and deadline <= now]
@@ -437,7 +399,7 @@ class LocalPodHost:
                 return f"GPU {uuid} is ill"
         return ""
 
-    def _kill(self, pod: _Pod) -> None:
+    def _kill(self, pod: HostedPod) -> None:
         pod.killed = True
         pod.nursery.kill(pod.order.pod)
 
@@ -451,84 +413,3 @@ class LocalPodHost:
                         full.truncate(0)
             except FileNotFoundError:
                 continue
-
-
-def _locked(file: IO[bytes], wait_s: float) -> bool:
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
-
-
-def _limits(order: PodOrder, device: str) -> PodLimits:
-    """On a CPU slot the model lies in the host's memory, so that what the Pod was granted on the device counts there too."""
-    memory_bytes = order.memory_bytes
-    if memory_bytes and device == "cpu":
-        memory_bytes += order.gpu_memory_cap_bytes * len(order.gpus)
-    return PodLimits(memory_bytes, order.cpu_milli)
-
-
-def _attempt_report(pod: _Pod, message: Mapping[str, Any]) -> PodReport:
-    req_no, attempt, rank = message["key"]
-    op = message["op"]
-    if op in ("finished", "failed", "stopped"):
-        pod.attempts.pop((req_no, attempt, rank), None)
-    match op:
-        case "started":
-            return AttemptStarted(req_no, attempt, rank)
-        case "progress":
-            return AttemptProgressed(
-                req_no,
-                attempt,
-                message["done"],
-                message["total"],
-                message["note"],
-                rank,
-                message.get("checkpoint", ""),
-                message.get("preview", ""),
-            )
-        case "finished":
-            return AttemptFinished(
-                req_no,
-                attempt,
-                message["result"],
-                message["run_us"],
-                message["peak"],
-                rank,
-                message.get("alone_us", 0),
-                message.get("company_permille", 0),
-                message.get("host_peak", 0),
-            )
-        case "failed":
-            return AttemptFailed(
-                req_no, attempt, FailureCause(message["cause"]), message["detail"], message["peak"], rank
-            )
-        case "stopped":
-            return AttemptStopped(req_no, attempt, message["checkpoint"], rank)
-        case _:
-            raise ValueError(f"Pod {pod.order.pod} sent the unknown message {op!r}")
-
-
-def _cause_of_death(pod: _Pod, status: int | None) -> tuple[FailureCause, str]:
-    if pod.ordered:
-        return FailureCause.POD_LOST, pod.why_detail if pod.why is FailureCause.POD_LOST else "deleted, as ordered"
-    kills = pod.box.out_of_memory_kills()
-    if kills:
-        return (
-            FailureCause.OUT_OF_MEMORY,
-            f"killed by the kernel: over its limit of {pod.limits.memory_bytes} bytes of memory",
-        )
-    if pod.told is not None:
-        return pod.told
-    if pod.killed:
-        return pod.why, pod.why_detail
-    if status is None:
-        return FailureCause.CRASHED, "ended, nobody knows how"
-    if status < 0:
-        return FailureCause.CRASHED, f"killed by {signal.Signals(-status).name}"
-    return FailureCause.CRASHED, f"ended by itself with exit status {status}"
