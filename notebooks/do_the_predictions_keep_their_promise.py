@@ -82,6 +82,53 @@ settled = [added for place, added in figures.drift if place >= 350]
 print(f"after all run times grew by half: {sum(settled) / len(settled):+.3f} log error from the 350th request on")
 
 # %% [markdown]
+# ## What the forecast of demand is for
+#
+# A fleet sized by it, on the same requests several times over, against what they need. On the page: `--fleet`.
+
+# %%
+import csv  # noqa: E402
+import tempfile  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
+
+from sim.study.elasticity import follow  # noqa: E402
+from sim.study.elasticity_report import fleet_picture  # noqa: E402
+
+with tempfile.TemporaryDirectory() as folder:
+    copy = Path(folder) / "lora_request_trace.csv"
+    with copy.open("w", newline="") as file:
+        table = csv.writer(file)
+        names = (
+            "gmt_create,predict_type,predict_status,exec_time_seconds,groupId,num_inference_steps,num_images_per_prompt"
+        )
+        table.writerow([*names.split(","), "checkpoint_model_version_id", "num_lora"])
+        for row in rows[-2_000:]:
+            came = datetime.fromtimestamp(row.submitted_us / SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            table.writerow(
+                [
+                    came,
+                    row.kind,
+                    row.status,
+                    row.run_us // SECOND,
+                    row.user,
+                    row.steps,
+                    row.images,
+                    row.model,
+                    row.loras,
+                ]
+            )
+    fleet = follow(copy, hours=6.0 if full else 2.0, warm_days=1)
+plot = fleet_picture(fleet)
+if "get_ipython" in globals():
+    display(SVG(plot.svg))
+(sized,) = fleet.runs
+busy = sum(sized.used) / len(sized.used)
+print(
+    f"{busy:.1f} GPUs in use on average, {max(sized.used):.1f} at most; p99 waiting {sized.p99_waiting_s:.0f} s, "
+    f"{sized.gpu_hours:.0f} GPU-hours"
+)
+
+# %% [markdown]
 # ## The answer
 
 # %%
@@ -91,6 +138,8 @@ assert calibration.crossings == 0
 assert abs(calibration.within_90 - 90) < (1 if full else 3), "the central 90% interval should hold for nine in ten"
 assert worst < 0.05, "no quantile should be off by more than five points"
 assert abs(sum(settled) / len(settled)) < 0.08, "a shift of everything should be followed"
+assert max(gpus for _, gpus in sized.sizes) > min(gpus for _, gpus in sized.sizes), "the fleet should follow the demand"
+assert sized.unfinished == 0
 assert figures.memory.exceed[7] < figures.memory.exceed_unlearned[7], "measured peaks should make limits tighter"
 print(
     f"Yes: {calibration.within_90:.1f}% lay inside the 90% interval, and no quantile was off by more than {100 * worst:.1f} points."

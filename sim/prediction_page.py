@@ -20,14 +20,14 @@ from sim.plots import STYLE, Plot
 _BLUE, _RED, _GREY = "#3066be", "#d1495b", "#9aa3ae"
 
 
-def write_html(card: ReportCard, figures: Figures, path: Path) -> None:
-    """Write the page."""
+def write_html(card: ReportCard, figures: Figures, path: Path, more: Sequence[Plot] = ()) -> None:
+    """Write the page; `more` are pictures to put after the card's own."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = resources.files("sim").joinpath("prediction.html.jinja").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         title=f"Predictions of {card.scored:,} requests from {card.cut} on",
         card=card,
-        plots=pictures(card, figures),
+        plots=[*pictures(card, figures), *more],
     )
     path.write_text(page, encoding="utf-8")
 

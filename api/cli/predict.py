@@ -12,6 +12,7 @@ from api.cli.options import Json
 from api.cli.output import Exit, fail, out, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from sim.plots import Plot
     from sim.promises import PromiseScore
 
 app = typer.Typer(no_args_is_help=True, help="Container resource prediction.")
@@ -27,6 +28,10 @@ def report(
     trace: Annotated[Path, typer.Option(help="Request trace as GenTD26 publishes it (lora_request_trace.csv).")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report card as JSON here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the card with pictures as one page here.")] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option("--fleet", help="Draw as well how a fleet sized by forecast follows a day's demand (a minute)."),
+    ] = False,
     when: Annotated[
         bool,
         typer.Option("--when", help="Say as well how often promised times held, on a simulated cluster (minutes)."),
@@ -38,6 +43,8 @@ def report(
     """Replay a trace in time order and print the predictor's report card beside the baselines."""
     from predictors import report as card_of
 
+    if fleet and html is None:
+        fail("--fleet: it is a picture on the page; give --html as well", Exit.USAGE)
     try:
         with progress_bar("predicting") as update:
             if html is None:
@@ -46,7 +53,7 @@ def report(
                 from sim.prediction_page import write_html
 
                 card, figures = card_of.run_with_figures(trace, update)
-                write_html(card, figures, html)
+                write_html(card, figures, html, _fleet(trace) if fleet else ())
     except FileNotFoundError:
         fail(f"--trace: {trace} does not exist; give the path of a request trace", Exit.UNREACHABLE)
     except ValueError as error:
@@ -70,6 +77,15 @@ def report(
         out.print(card.table(), markup=False)
         for line in held:
             out.print(line, markup=False)
+
+
+def _fleet(trace: Path) -> list[Plot]:
+    """Draw the size of a fleet against its demand."""
+    from sim import measured_loads
+    from sim.study.elasticity import follow
+    from sim.study.elasticity_report import fleet_picture
+
+    return [fleet_picture(follow(trace, trace.parent if measured_loads.present(trace.parent) else None))]
 
 
 def _promises(trace: Path, tasks: int, gpus: int, update: Callable[[float, str], None]) -> list[PromiseScore]:

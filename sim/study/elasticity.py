@@ -219,6 +219,12 @@ def run_elasticity(
     return ElasticityStudy(plan, tuple(points), tuple(_savings(plan, runs)), tuple(runs))
 
 
+def follow(trace: Path, load_times: Path | None = None, *, hours: float = 24.0, warm_days: int = 2) -> ElasticityStudy:
+    """Return how one fleet sized by the forecast follows a trace's demand."""
+    plan = ElasticityPlan(trace, load_times, hours=hours, warm_days=warm_days, seeds=1, dials={OURS: (2.0,)})
+    return run_elasticity(plan)
+
+
 def _run_asked(asked: tuple[ElasticityPlan, str, float, int]) -> Run:
     return run_one(*asked)
 

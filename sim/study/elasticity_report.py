@@ -16,6 +16,7 @@ from rich.table import Table
 
 from engine.tasks import SECOND
 from sim.configuration import ConfigError
+from sim.plots import STYLE, Plot
 from sim.study.elasticity import MEASURES, OURS, ElasticityStudy, Saving
 from sim.study.elasticity_runs import BIN_US
 from sim.sweep_table import Interval
@@ -118,6 +119,16 @@ def write_html(study: ElasticityStudy, path: Path) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"html: cannot write {path}: {error.strerror}; name another file") from None
+
+
+def fleet_picture(study: ElasticityStudy) -> Plot:
+    """Return the size of the fleets beside the GPUs in use, of the study's first seed."""
+    with matplotlib.rc_context(STYLE):
+        return Plot(
+            "Fleet size against demand",
+            "GPUs asked for by each way at its middle setting; the area is the GPUs in use, on average over five minutes.",
+            _sizes(study),
+        )
 
 
 def _plots(study: ElasticityStudy) -> list[tuple[str, str]]:

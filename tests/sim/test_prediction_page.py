@@ -13,6 +13,7 @@ from api.cli.main import app
 from engine.tasks import SECOND
 from predictors.gentd26 import SUCCEED, Row
 from predictors.report import report_with_figures
+from sim.plots import Plot
 from sim.prediction_page import pictures, write_html
 
 
@@ -55,6 +56,14 @@ def test_the_same_card_gives_the_same_page(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_pictures_of_others_come_after_the_cards_own(tmp_path: Path) -> None:
+    card, figures = report_with_figures(rows())
+    write_html(card, figures, tmp_path / "card.html", [Plot("A fleet", "It follows.", "<svg></svg>")])
+    page = (tmp_path / "card.html").read_text()
+    assert page.count("<svg") == len(pictures(card, figures)) + 1
+    assert page.index("A fleet") > page.index(pictures(card, figures)[0].heading)
+
+
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     trace, page = tmp_path / "trace.csv", tmp_path / "card.html"
     lines = ["gmt_create,predict_status,exec_time_seconds,groupId,checkpoint_model_version_id"]
@@ -66,3 +75,6 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["predict", "report", "--trace", str(trace), "--html", str(page), "--json"])
     assert result.exit_code == 0, result.output
     assert "<svg" in page.read_text()
+    lonely = CliRunner().invoke(app, ["predict", "report", "--trace", str(trace), "--fleet"])
+    assert lonely.exit_code == 2
+    assert "--html" in lonely.stderr
