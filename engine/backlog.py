@@ -170,7 +170,7 @@ class Backlog:
                     shape.kind, shape.need, row, self.parked, self._common
                 )
             task.lines = (warm, room)
-            shape.kind.waiting += 1
+            shape.kind.comes(task)
             if shape.kind.waiting == 1:
                 self.kinds_waiting[shape.kind] = None
             warm.push(entry, band, tenant, tenant_seq, account, group_seq)
@@ -212,7 +212,7 @@ class Backlog:
         for line in task.lines:
             line.live -= 1
             if isinstance(line, WarmLine):
-                line.kind.waiting -= 1
+                line.kind.goes(task)
                 if not line.kind.waiting:
                     del self.kinds_waiting[line.kind]
         task.lines = ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from engine.entities import Pod, Tenant
+from engine.entities import Pod, Task, Tenant
 from engine.fit import Fit
 from engine.lines import Line, Parked
 from engine.resources import Demand
+from engine.tasks import Micros
 
 
 class WarmSet:
@@ -24,7 +25,7 @@ class WarmSet:
 class Kind:
     """Pods that can stand in for each other: the same method, model, slots and demand besides GPU memory."""
 
-    __slots__ = ("awake", "key", "lines", "serves", "sets", "waiting")
+    __slots__ = ("awake", "key", "lines", "serves", "sets", "since", "urgent", "waiting")
 
     def __init__(self, key: str, serves: tuple[str, str]) -> None:
         self.key = key
@@ -38,6 +39,24 @@ class Kind:
         self.awake: dict[WarmLine, None] = {}
         self.waiting = 0
         """Tasks in its lines."""
+        self.urgent = 0
+        """Urgent ones among them."""
+        self.since: Micros = 0
+        """None of them has waited since before this; it may be earlier than need be."""
+
+    def comes(self, task: Task) -> None:
+        """Count a task in."""
+        self.waiting += 1
+        if task.urgent:
+            self.urgent += 1
+        if self.waiting == 1 or task.pending_since < self.since:
+            self.since = task.pending_since
+
+    def goes(self, task: Task) -> None:
+        """Count a task out."""
+        self.waiting -= 1
+        if task.urgent:
+            self.urgent -= 1
 
     def set_of(self, cap: int) -> WarmSet:
         """Return the set of a cap, made on first sight."""

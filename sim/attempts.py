@@ -8,9 +8,9 @@ from engine.commands import StartTask, StopTask
 from engine.events import TaskFailed, TaskFinished, TaskProgressed, TaskStarted, TaskStopped
 from engine.tasks import FailureCause, Micros, TaskSpec, TaskType
 from sim.draws import lognormal, unit
-from sim.hardware import BatchRow
+from sim.hardware import PEAK_FEATURES, BatchRow
 from sim.maker import Maker
-from sim.parts import AttemptKey, Outcome, SimAttempt, SimPod
+from sim.parts import Outcome, SimAttempt, SimPod
 
 if TYPE_CHECKING:
     from sim.world import SimWorld
@@ -30,16 +30,15 @@ class Attempts:
 
     def __init__(self, world: SimWorld) -> None:
         self._world = world
-        self._attempts: dict[AttemptKey, SimAttempt] = {}
         self.checkpoints: dict[str, dict[str, float]] = {}
         """By task: the share of the work that each of its checkpoints holds."""
         self._peaks: dict[tuple[object, ...], int] = {}
         self._batches: dict[tuple[object, ...], list[float]] = {}
 
-    def forget(self, key: AttemptKey, attempt: SimAttempt) -> None:
+    def forget(self, attempt: SimAttempt) -> None:
         """Let an attempt vanish with its Pod."""
         attempt.token += 1
-        self._attempts.pop(key, None)
+        attempt.gone = True
 
     def start(self, order: StartTask) -> None:
         """Begin to carry out a StartTask."""
@@ -68,7 +67,7 @@ class Attempts:
         key = (order.req_no, order.attempt, order.rank)
         done = self.checkpoints.get(order.req_no, {}).get(order.checkpoint, 0.0) if order.checkpoint else 0.0
         attempt = SimAttempt(key, known[0], known[1], pod, done)
-        pod.running[key] = self._attempts[key] = attempt
+        pod.running[key] = attempt
         return attempt
 
     def _begin(self, attempt: SimAttempt, token: int) -> None:
@@ -137,7 +136,7 @@ class Attempts:
         return load_us
 
     def _peak_bytes(self, task: TaskSpec) -> int:
-        key = (task.method, task.model, task.features)
+        key = (task.method, task.model, *[feature for feature in task.features if feature[0] in PEAK_FEATURES])
         median = self._peaks.get(key)
         if median is None:
             if len(self._peaks) >= _PEAKS_REMEMBERED:
@@ -245,9 +244,10 @@ class Attempts:
 
     def _leave(self, attempt: SimAttempt) -> None:
         attempt.token += 1
-        self._attempts.pop(attempt.key, None)
-        attempt.pod.running.pop(attempt.key, None)
-        if attempt.pod.running:
+        attempt.gone = True
+        running = attempt.pod.running
+        running.pop(attempt.key, None)
+        if running:
             self._respeed(attempt.pod)
 
     def _arm_progress(self, attempt: SimAttempt) -> None:
@@ -255,7 +255,7 @@ class Attempts:
         self._world.after(gap, self._report_progress, attempt, gap)
 
     def _report_progress(self, attempt: SimAttempt, gap: Micros) -> None:
-        if self._attempts.get(attempt.key) is not attempt:
+        if attempt.gone:
             return
         req_no, number, rank = attempt.key
         steps = self._steps(attempt.task)
@@ -271,7 +271,8 @@ class Attempts:
 
     def stop(self, order: StopTask) -> None:
         """Begin to carry out a StopTask."""
-        attempt = self._attempts.get((order.req_no, order.attempt, order.rank))
+        pod = self._world.pods.get(order.pod)
+        attempt = pod.running.get((order.req_no, order.attempt, order.rank)) if pod is not None else None
         if attempt is None or attempt.stop_ordered:
             return
         attempt.stop_ordered = True
@@ -288,11 +289,11 @@ class Attempts:
         self._world.after(to_boundary + save, self._stop_due, attempt, order.keep_checkpoint)
 
     def _stop_due(self, attempt: SimAttempt, keep: bool) -> None:
-        if self._attempts.get(attempt.key) is attempt:
+        if not attempt.gone:
             self._stopped(attempt, attempt.token, keep)
 
     def _kill_for_grace(self, attempt: SimAttempt) -> None:
-        if self._attempts.get(attempt.key) is attempt:
+        if not attempt.gone:
             self._world.pod_gone(attempt.pod.order.pod, FailureCause.POD_LOST, "killed after the grace")
 
     def _stopped(self, attempt: SimAttempt, token: int, keep: bool) -> None:

@@ -26,6 +26,17 @@ _DECLARED_STEP_US = 5_000_000
 _TRAINING_FEATURES = (("images", 4), ("steps", 400))
 
 
+class _Names(dict[int, str]):
+    """Numbers as names, each made once: equal names are one object, which the dictionaries find sooner."""
+
+    def __init__(self, stem: str) -> None:
+        self.stem = stem
+
+    def __missing__(self, number: int) -> str:
+        name = self[number] = f"{self.stem}{number:04d}"
+        return name
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns(Sequence[Arrival]):
     """Arrivals in time order, one row each; `kind`, `images`, `steps` and `lora` hold -1 where they do not apply."""
@@ -75,6 +86,7 @@ class Columns(Sequence[Arrival]):
 
     def _rows(self, start: int, stop: int) -> Iterator[Arrival]:
         none = [-1] * (stop - start)
+        ranks = none if self.tenant is None else self.tenant[start:stop].tolist()
         rows = zip(
             self.at[start:stop].tolist(),
             self.group[start:stop].tolist(),
@@ -85,15 +97,17 @@ class Columns(Sequence[Arrival]):
             self.lora[start:stop].tolist(),
             self.work_us[start:stop].tolist(),
             self.fails[start:stop].tolist(),
-            none if self.tenant is None else self.tenant[start:stop].tolist(),
+            ranks,
             none if self.urgent is None else self.urgent[start:stop].tolist(),
             none if self.declared_us is None else self.declared_us[start:stop].tolist(),
             strict=True,
         )
         number = self.first + start
+        users, loras = _Names("G"), _Names("lora-")
+        models, tenants = _Names("M"), {rank: f"tenant-{max(0, rank)}" for rank in dict.fromkeys(ranks)}
         for at, group, model, images, steps, kind, lora, work_us, fails, tenant, urgent, declared_us in rows:
-            user = f"G{group:04d}"
-            lora_name = f"lora-{lora:04d}" if lora >= 0 else ""
+            user = users[group]
+            lora_name = loras[lora] if lora >= 0 else ""
             features: tuple[tuple[str, str | int | float], ...]
             if kind < 0:
                 features = (*_TRAINING_FEATURES, ("user", user))
@@ -116,11 +130,11 @@ class Columns(Sequence[Arrival]):
                 )
             own = (
                 f"synthetic-{number:07d}",
-                f"tenant-{max(0, tenant)}",
+                tenants[tenant],
                 user,
                 _TP if kind < 0 else _GC,
                 "dreambooth" if kind < 0 else "text_to_image",
-                f"M{model:04d}",
+                models[model],
                 URGENT_PRIORITY if urgent is True else 0,
                 self.demand,
                 self.slots,

@@ -10,27 +10,34 @@ import math
 from hashlib import blake2b
 from statistics import NormalDist
 
-_STANDARD_NORMAL = NormalDist()
+_inv_cdf = NormalDist().inv_cdf
 _SCALE = 1.0 / (1 << 53)
 
 
 def unit(seed: int, *identity: str | int) -> float:
     """Draw uniformly from the open interval (0, 1)."""
-    text = f"{seed}|" + "|".join(map(str, identity))
+    return _unit(_text(seed, identity))
+
+
+def _text(seed: int, identity: tuple[str | int, ...]) -> str:
+    return f"{seed}|" + "|".join([str(part) for part in identity])
+
+
+def _unit(text: str) -> float:
     raw = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 11
     return (raw + 0.5) * _SCALE
 
 
 def normal(seed: int, *identity: str | int) -> float:
     """Draw from the standard normal distribution."""
-    return _STANDARD_NORMAL.inv_cdf(unit(seed, *identity))
+    return _inv_cdf(_unit(_text(seed, identity)))
 
 
 def lognormal(sigma: float, seed: int, *identity: str | int) -> float:
     """Draw a factor with median 1; `sigma` is the standard deviation of its logarithm. Exactly 1 when sigma is 0."""
     if sigma <= 0:
         return 1.0
-    return math.exp(sigma * normal(seed, *identity))
+    return math.exp(sigma * _inv_cdf(_unit(_text(seed, identity))))
 
 
 def exponential(mean: float, seed: int, *identity: str | int) -> float:

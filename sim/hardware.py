@@ -332,6 +332,10 @@ class Hardware:
         return physics.peak_bytes(family.counted, weights_bytes=family.weight_bytes, pixels=pixels, rows=rows)
 
 
+PEAK_FEATURES = frozenset(("frugal", "height", "images", "kind", "method", "rows", "width"))
+"""The features by which `Hardware.peak_memory_bytes` differs."""
+
+
 def _number(features: dict[str, str | int | float], name: str, default: float) -> float:
     value = features.get(name, default)
     return float(value) if isinstance(value, int | float) else default

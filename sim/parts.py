@@ -73,6 +73,7 @@ class SimAttempt:
         "company",
         "company_us",
         "done_before",
+        "gone",
         "key",
         "left_us",
         "outcome",
@@ -120,6 +121,8 @@ class SimAttempt:
         self.token = 0
         """Raised whenever its end is rescheduled or it is gone: an older timeout means nothing."""
         self.stop_ordered = False
+        self.gone = False
+        """Whether it is over, or vanished with its Pod."""
 
     def rebase(self, now: Micros) -> None:
         """Account for the time since the last change of speed."""

@@ -86,14 +86,14 @@ def run(
     pump = _Pump(engine, world, journal, forecaster or NoForecast(), step_us)
     world.bell = pump.ring
     pump.ring()
-    env = world.env
+    env, clock = world.env, world.clock
     limit = until if until is not None else world.last_arrival_at + _PATIENCE_US
     span = max(1, until if until is not None else world.last_arrival_at)
     turns = 0
     try:
         while True:
-            at = env.peek()
-            if pump.rung and at > env.now:
+            at = clock.next_at()
+            if pump.rung and at > clock.now():
                 pump.turn()
                 turns += 1
                 if until is None and world.settled:
@@ -105,7 +105,7 @@ def run(
                 continue
             if at > limit:
                 break
-            env.step()
+            clock.step()
         if until is not None and until > env.now:
             env.run(until=until)
     finally:

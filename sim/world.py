@@ -39,7 +39,7 @@ from sim.attempts import Attempts
 from sim.breakage import Breakage
 from sim.caches import Source
 from sim.draws import lognormal
-from sim.due import Due
+from sim.due import Clock
 from sim.faults import Fault, FaultKind, FaultPlan
 from sim.hardware import Hardware
 from sim.maker import Maker
@@ -70,6 +70,7 @@ class SimWorld:
         known_nodes: frozenset[str] = frozenset(),
     ) -> None:
         self.env = env
+        self.clock = Clock(env)
         self.hardware = hardware
         self.seed = seed
         self.bell: Callable[[], None] | None = None
@@ -107,7 +108,7 @@ class SimWorld:
 
     def now(self) -> Micros:
         """Return the simulated time."""
-        return int(self.env.now)
+        return self.clock.now()
 
     def take(self) -> Sequence[Event]:
         """Return the events since the last call."""
@@ -159,7 +160,7 @@ class SimWorld:
 
     def after(self, delay_us: Micros, call: Callable[..., None], *arguments: Any) -> None:
         """Call something later on the simulated clock."""
-        self.env.schedule(Due(call, arguments), delay=delay_us)
+        self.clock.after(delay_us, call, arguments)
 
     def count(self, what: str, by: int = 1) -> None:
         """Count something that happened."""
@@ -203,7 +204,7 @@ class SimWorld:
 
     def _heed(self, notice: Notify) -> None:
         if notice.state not in TERMINAL_STATES:
-            if notice.req_no in self._dead:
+            if self._dead and notice.req_no in self._dead:
                 self.open_tasks[notice.req_no] = self._dead.pop(notice.req_no)
             return
         known = self.open_tasks.pop(notice.req_no, None)
@@ -354,8 +355,8 @@ class SimWorld:
         if pod is None:
             return None
         self.nodes[pod.order.node].pods.pop(number, None)
-        for key, attempt in pod.running.items():
-            self._attempts.forget(key, attempt)
+        for attempt in pod.running.values():
+            self._attempts.forget(attempt)
         return pod
 
     def fail_node(self, node: str, repair_after_us: Micros | None = None) -> None:

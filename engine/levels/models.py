@@ -37,12 +37,15 @@ def next_for_room(turn: Turn, line: RoomLine) -> Head | None:
     fullest: Head | None = None
     by_model = turn.backlog.by_model
     most, among = 0, 1  # waiting tasks and Pods of the fullest model, one more Pod counted in
+    young_since = turn.now - turn.profile.gather_us
     for kind in turn.backlog.kinds_waiting:
+        waiting = kind.waiting
+        pods = len(by_model.get(kind.serves, ()))
+        if waiting < pods and not kind.urgent and kind.since > young_since and worth_us > 0:
+            continue  # `_earns` would say no to whoever is next
         head = _head_of(kind, line)
         if head is None:
             continue
-        waiting = kind.waiting
-        pods = len(by_model.get(kind.serves, ()))
         if pods and not _earns(turn, head[1], waiting // pods, load_us, worth_us):
             continue
         if head[1].urgent or head[1].pending_since + turn.profile.gather_us <= turn.now:
