@@ -25,15 +25,44 @@ from typing import Any
 from executors.pod_process import adopt_orphans, children, die_with_parent, group_exists, is_single_threaded, kill_group
 
 _ALWAYS = ("executors.pod_main", "executors.pod_attempts", "executors.methods.sleep")
+_SCHEDULERS = (
+    "ddim",
+    "ddpm",
+    "deis_multistep",
+    "dpmsolver_multistep",
+    "dpmsolver_singlestep",
+    "edm_euler",
+    "euler_ancestral_discrete",
+    "euler_discrete",
+    "flow_match_euler_discrete",
+    "heun_discrete",
+    "k_dpm_2_ancestral_discrete",
+    "k_dpm_2_discrete",
+    "lcm",
+    "lms_discrete",
+    "pndm",
+    "unipc_multistep",
+)
 PRELOADS: Mapping[str, tuple[str, ...]] = {
     "light": _ALWAYS,
     "torch": (
+        *_ALWAYS,
         "torch",
         "diffusers",
         "transformers",
         "peft",
         "executors.methods.text_to_image",
         "executors.methods.dreambooth",
+        "executors.batching.shared",
+        # Imported by the libraries only once a pipeline is read, in every Pod anew: four fifths of loading a small model.
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "diffusers.pipelines.stable_diffusion.safety_checker",
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+        "diffusers.pipelines.flux.pipeline_flux",
+        "diffusers.models.autoencoders.autoencoder_tiny",
+        "diffusers.guiders",
+        *(f"diffusers.schedulers.scheduling_{name}" for name in _SCHEDULERS),
     ),
 }
 """Kind of nursery -> what it imports before its first Pod. A Pod that only sleeps comes from a light one."""
@@ -47,6 +76,7 @@ _ONE_THREAD = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
 class Nursery:
@@ -66,7 +96,7 @@ class Nursery:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
-                env={**os.environ, **_OFFLINE, **_ONE_THREAD, "PYTHONPATH": _python_path()},
+                env={**os.environ, **_OFFLINE, **_ONE_THREAD, **_QUIET, "PYTHONPATH": _python_path()},
             )
         ours.setblocking(False)
         self._end = ours
