@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-WORKERS ?= 2
+# More than the cores of a small machine: tests with real processes mostly wait.
+WORKERS ?= 3
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check format fast fasttest bench lock clean
+.PHONY: help setup demo test check format fast fasttest nativetest bench lock clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -46,7 +47,10 @@ fast: $(STAMP) ## Build the hot modules natively (mypyc, needs a C compiler) int
 	if [ -d ../shared ]; then ln -sfn ../../shared build/shared; fi
 	cd build/fast && AIGC_COMPILE=1 ../../$(BIN)/python setup.py -q build_ext --inplace
 
-fasttest: fast ## The engine's and the simulator's tests against the native build
+fasttest: fast nativetest ## Build natively, then test the engine and the simulator against it
+
+nativetest: ## The engine's and the simulator's tests against what `make fast` built
+	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -c 'import engine.state, sim.world; files = [engine.state.__file__, sim.world.__file__]; raise SystemExit(None if all(f.endswith(".so") for f in files) else f"no native build: {files}; run `make fast`")'
 	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -m pytest -q -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. ../../tests/engine ../../tests/sim/test_simulate.py ../../tests/sim/test_jobs_core.py
 
 bench: $(STAMP) ## Every benchmark, tables to the terminal
@@ -54,6 +58,7 @@ bench: $(STAMP) ## Every benchmark, tables to the terminal
 	$(BIN)/python -m benchmarks.simulate
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.sensing
 	$(BIN)/python -m benchmarks.jobs
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.executors
