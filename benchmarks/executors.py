@@ -11,7 +11,8 @@ one run by
 and their pictures are compared. Before that: step time against batch size, with the same LoRA in all rows (fused into the weights)
 and with a different one in each, and what share of the device's measured matrix-product rate that is; how long an urgent request
 waits when it meets a full batch; what switching to another model costs; the longest time between two calls of the network while
-others are begun and decoded; and diffusers' pipeline under torch.compile, in a process of its own that is ended when its time is over.
+others are begun and decoded; and diffusers' pipeline under torch.compile, in a process of its own that is ended when its time is
+over.
 
 As it is, on a CPU the bundled model is measured; on a GPU the published architectures of Stable Diffusion 1.5 and SDXL with random
 weights (nothing is downloaded), 30 steps, in less than ten minutes: what there is no more time for is left out, and said.

@@ -58,7 +58,8 @@ class AdapterBank:
             for where in ("text", "steps")
         }
         unet = getattr(loaded.pipe, "unet", None)
-        self._names = lora_files.LayerNames(self._layers, None if unet is None else unet.config)
+        rows = {key: layer.rows for key, layer in self._layers.items()}
+        self._names = lora_files.LayerNames(self._layers, None if unet is None else unet.config, rows)
         self._guard = threading.Lock()
         """Held while adapters come and go: other threads add them while calls are under way."""
         self._pairs: _Pairs = {}
@@ -252,6 +253,11 @@ class _Layer:
         self.down: torch.Tensor | None = None
         self._up: torch.Tensor | None = None
         self._selected: lora_files.Pair | None = None
+
+    @property
+    def rows(self) -> int:
+        """The rows of the layer's weight: what it gives."""
+        return len(self._module.weight)
 
     def check(self, name: str, key: str, down: torch.Tensor, up: torch.Tensor) -> None:
         """Raise ModelMissing when a pair does not fit this layer."""

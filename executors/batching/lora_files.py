@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from executors.batching import flux_names
 from executors.methods import adapters
 from executors.methods.base import ModelMissing
 
@@ -60,9 +61,17 @@ class _Parts:
 class LayerNames:
     """Under which names other tools know the layers of a model."""
 
-    def __init__(self, keys: Iterable[str], unet_config: Mapping[str, Any] | None) -> None:
-        """`keys` are the layers as ``<part>.<path>``; `unet_config` is a UNet's, None for another network."""
+    def __init__(
+        self, keys: Iterable[str], unet_config: Mapping[str, Any] | None, rows: Mapping[str, int] | None = None
+    ) -> None:
+        """`keys` are the layers as ``<part>.<path>``; `unet_config` is a UNet's, None for another network.
+
+        `rows` are the rows of their weights, for networks whose layers other tools join.
+        """
         self._keys = frozenset(keys)
+        self._rows = rows or {}
+        self._published = flux_names.published(self._keys) if rows else {}
+        self._published |= {f"lora_unet_{name.replace('.', '_')}": own for name, own in self._published.items()}
         self._kohya: dict[str, str] = {}
         two = any(key.startswith("text_encoder_2.") for key in self._keys)
         blocks = _original_blocks(unet_config) if unet_config is not None else {}
@@ -85,6 +94,21 @@ class LayerNames:
             if candidate in self._keys:
                 return candidate
         return None
+
+    def joined(self, name: str) -> tuple[str, ...]:
+        """Return the layers that a file's name means where it does not mean one as it is named here."""
+        return self._published.get(name.removeprefix("diffusion_model."), ())
+
+    def apart(self, name: str, layers: tuple[str, ...], up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return each layer's rows of what a file says of them together; raises ModelMissing."""
+        if len(layers) == 1:
+            return (up,)
+        sizes = [self._rows[layer] for layer in layers]
+        if len(up) != sum(sizes):
+            raise ModelMissing(
+                f"adapter {name}: {len(up)} rows for {', '.join(layers)} instead of {sum(sizes)}; it belongs to another base"
+            )
+        return torch.split(up, sizes)
 
 
 def _kohya_names(part: str, path: str, two_encoders: bool, blocks: Mapping[str, str]) -> list[str]:
@@ -205,21 +229,29 @@ def pairs(
     """Return an adapter's down and up matrices by layer, their scale multiplied in; raises ModelMissing with the reason."""
     if not tensors:
         raise ModelMissing(f"adapter {name}: it holds no weights; train or upload it again")
-    found: dict[str, _Parts] = {}
+    found: dict[tuple[str, ...], _Parts] = {}
     for key, tensor in tensors.items():
         written, role = _split(name, key)
         layer = names.find(written)
-        if layer is None:
+        layers = names.joined(written) if layer is None else (layer,)
+        if not layers:
             raise ModelMissing(
                 f"adapter {name}: its layer {written} is not in the base model; it belongs to another base"
             )
-        parts = found.setdefault(layer, _Parts(key))
+        parts = found.setdefault(layers, _Parts(key))
         if role in parts.tensors:
             raise ModelMissing(
                 f"adapter {name}: {key} and {parts.key} are of the same layer; one tool's names at a time"
             )
         parts.tensors[role] = tensor
-    return {layer: _pair(name, layer, parts, noted) for layer, parts in found.items()}
+    made: dict[str, Pair] = {}
+    for layers, parts in found.items():
+        down, up = _pair(name, layers[0], parts, noted)
+        for layer, own in zip(layers, names.apart(name, layers, up), strict=True):
+            if layer in made:
+                raise ModelMissing(f"adapter {name}: {layer} is there by itself and joined; one tool's names at a time")
+            made[layer] = (down, own)
+    return made
 
 
 def _split(name: str, key: str) -> tuple[str, str]:

@@ -189,6 +189,72 @@ def test_flux_pictures_have_adapters_of_their_own(model_ref: Callable[..., Model
     assert np.abs(made["mine"] - made["bare"]).max() > LEVELS
 
 
+def published(loaded: pipelines.LoadedPipeline, style: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A LoRA as the first publication names and joins the layers of a block of each kind, and the same layer by layer."""
+    double, single = "transformer.transformer_blocks.1", "transformer.single_transformer_blocks.0"
+    joined = {
+        "double_blocks.1.img_attn.qkv": [f"{double}.attn.to_{name}" for name in "qkv"],
+        "double_blocks.1.txt_attn.qkv": [f"{double}.attn.add_{name}_proj" for name in "qkv"],
+        "double_blocks.1.txt_attn.proj": [f"{double}.attn.to_add_out"],
+        "double_blocks.1.img_mlp.2": [f"{double}.ff.net.2"],
+        "double_blocks.1.img_mod.lin": [f"{double}.norm1.linear"],
+        "single_blocks.0.linear1": [*(f"{single}.attn.to_{name}" for name in "qkv"), f"{single}.proj_mlp"],
+        "single_blocks.0.linear2": [f"{single}.proj_out"],
+        "guidance_in.in_layer": ["transformer.time_text_embed.guidance_embedder.linear_1"],
+    }
+    ends = {"kohya": ("lora_down", "lora_up"), "dotted": ("lora_A", "lora_B")}[style]
+    generator = torch.Generator().manual_seed(4)
+    given: dict[str, torch.Tensor] = {}
+    layers: dict[str, torch.Tensor] = {}
+    for name, keys in joined.items():
+        modules = [loaded.pipe.transformer.get_submodule(key.removeprefix("transformer.")) for key in keys]
+        down = torch.randn((2, modules[0].in_features), generator=generator) * 0.3
+        ups = [torch.randn((module.out_features, 2), generator=generator) * 0.3 for module in modules]
+        own = f"lora_unet_{name.replace('.', '_')}" if style == "kohya" else f"diffusion_model.{name}"
+        given |= {f"{own}.{ends[0]}.weight": down, f"{own}.{ends[1]}.weight": torch.cat(ups)}
+        if style == "kohya":
+            given[f"{own}.alpha"] = torch.tensor(1.0)
+        for key, up in zip(keys, ups, strict=True):
+            layers |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up * (0.5 if style == "kohya" else 1.0)}
+    return given, layers
+
+
+@pytest.mark.parametrize("style", ["kohya", "dotted"])
+def test_joined_layers_of_published_names_are_taken_apart(model_ref: Callable[..., ModelRef], style: str) -> None:
+    loaded = pipelines.load(model_ref("flux"), "cpu")
+    batch = RunningBatch(loaded)
+    joined, layers = published(loaded, style)
+    batch.bank.put("joined", joined)
+    batch.bank.put("layers", layers)
+    for name in ("joined", "layers"):
+        batch.admit(request(id=name, adapters=((name, 1.0),)))
+    batch.admit(request(id="bare"))
+    made = drained(batch)
+    assert np.abs(made["joined"] - made["layers"]).max() <= LEVELS
+    assert np.abs(made["joined"] - made["bare"]).max() > LEVELS
+    if style == "kohya":  # Diffusers takes apart only what it knows the published size of.
+        taken = {key: tensor for key, tensor in joined.items() if "double" in key}
+        batch.bank.put("taken", taken)
+        batch.admit(request(id="taken", adapters=(("taken", 1.0),)))
+        fused = pipelines.load(model_ref("flux"), "cpu")
+        fused.pipe.load_lora_weights(taken)
+        assert np.abs(drained(batch)["taken"] - plain(fused, request())).max() <= LEVELS
+
+
+def test_joined_layers_that_do_not_fit_or_come_twice_are_refused(model_ref: Callable[..., ModelRef]) -> None:
+    loaded = pipelines.load(model_ref("flux"), "cpu")
+    bank = RunningBatch(loaded).bank
+    joined, layers = published(loaded, "kohya")
+    key = "lora_unet_double_blocks_1_img_attn_qkv"
+    for name, tensors, reason in (
+        ("short", {**joined, f"{key}.lora_up.weight": joined[f"{key}.lora_up.weight"][1:]}, "95 rows for transformer"),
+        ("twice", {**joined, **layers}, "joined|same layer"),
+        ("unknown", {f"{key}0.lora_up.weight": joined[f"{key}.lora_up.weight"]}, "belongs to another base"),
+    ):
+        with pytest.raises(ModelMissing, match=reason):
+            bank.put(name, tensors)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
