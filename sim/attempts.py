@@ -114,6 +114,10 @@ class Attempts:
             if task.method != "sleep":
                 work += hardware.transfer_us(_pictures(task))
         work = max(1.0, work * (1.0 - attempt.done_before))
+        if pod.fresh:
+            pod.fresh = False
+            if hardware.first_runs is not None:
+                work += hardware.first_runs.draw(task.method, task.model, self._world.seed, pod.order.pod)
         load_us = self._lora_us(attempt)
         if pod.order.slots == 1:
             work, load_us = work + load_us, 0.0

@@ -6,14 +6,15 @@ start, results that are written down - is measured here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from engine.commands import CreatePod, DeletePod, StartTask
 from engine.events import NodeJoined, PodStarted, PodStopped, TaskFinished, TaskStarted, TaskSubmitted
 from engine.resources import NodeSpec
-from engine.tasks import Micros, TaskSpec
+from engine.tasks import Micros, TaskSpec, TaskType
 from predictors.forecaster import OnlineForecaster
 from sim.draws import choice, unit
 from sim.from_journal import StepRecord
@@ -22,10 +23,18 @@ from sim.workload import Arrival, Truth, Workload
 
 PodKind = tuple[str, str]
 """(method, model)."""
+TaskKind = tuple[str, TaskType]
+"""(method, type)."""
+AttemptKey = tuple[str, int, int]
+"""(reqNo, attempt, rank)."""
+_ENOUGH = 20
+"""Run times that are scatter enough to draw from: of one kind, else of its method, else the predictor says how they scatter."""
 _POD_STOP_US = 300_000
 """Where no Pod was deleted."""
 _POD_START_US = 1_500_000
 """Where no Pod was created."""
+_LATER = 3
+"""First runs in Pods are told from later ones where there are so many times as many of these."""
 
 
 class CalibrationError(ValueError):
@@ -164,11 +173,108 @@ class MeasuredStarts:
 
 
 def learned(records: Iterable[StepRecord]) -> OnlineForecaster:
-    """Return a forecaster that learned from a journal as the one of the platform did."""
+    """Return a forecaster that learned from a journal as the one of the platform did, but not from first runs in Pods.
+
+    These take longer than all that follow, and a short journal holds more of them than a long one (`first_runs` measures them). Of
+    methods and models that have hardly anything else, they are learned from.
+    """
+    records = list(records)
+    first = _first_attempts(records)
     forecaster = OnlineForecaster()
     for record in records:
-        forecaster.recall(record.now, record.events, record.commands)
+        events = [
+            event
+            for event in record.events
+            if not isinstance(event, TaskStarted | TaskFinished)
+            or (event.req_no, event.attempt, event.rank) not in first
+        ]
+        forecaster.recall(record.now, events, record.commands)
     return forecaster
+
+
+def first_runs(
+    records: Iterable[StepRecord], forecaster: OnlineForecaster, gpu_model: str
+) -> dict[PodKind, tuple[Micros, ...]]:
+    """Return by kind of Pod, for each Pod, how much longer its first run took than the forecaster expects of a later one."""
+    records = list(records)
+    first = _first_attempts(records)
+    found: dict[PodKind, list[Micros]] = {}
+    for _, key, run_us, usual_us in _runs(records, forecaster, gpu_model):
+        if key in first:
+            found.setdefault(first[key], []).append(max(0, run_us - usual_us))
+    return {kind: tuple(spans) for kind, spans in sorted(found.items())}
+
+
+def run_ratios(
+    records: Iterable[StepRecord], forecaster: OnlineForecaster, gpu_model: str
+) -> dict[TaskKind, tuple[float, ...]]:
+    """Return by kind of task the run times over what the forecaster, now that it knows them all, expects; no first runs in Pods.
+
+    What it expected when they were submitted scatters more: in a short journal many tasks come before the first has ended.
+    """
+    records = list(records)
+    first = _first_attempts(records)
+    found: dict[TaskKind, list[float]] = {}
+    for task, key, run_us, usual_us in _runs(records, forecaster, gpu_model):
+        if key not in first:
+            found.setdefault((task.method, task.task_type), []).append(run_us / max(1, usual_us))
+    whole: dict[str, list[float]] = {}
+    for (method, _), ratios in sorted(found.items()):
+        whole.setdefault(method, []).extend(ratios)
+    return {
+        kind: tuple(ratios if len(ratios) >= _ENOUGH else whole[kind[0]])
+        for kind, ratios in sorted(found.items())
+        if len(whole[kind[0]]) >= _ENOUGH
+    }
+
+
+def _runs(
+    records: Sequence[StepRecord], forecaster: OnlineForecaster, gpu_model: str
+) -> Iterator[tuple[TaskSpec, AttemptKey, Micros, Micros]]:
+    """Yield each finished attempt's task, key, run time and the median that the forecaster expects."""
+    tasks: dict[str, TaskSpec] = {}
+    now = forecaster.predictor.watermark_us
+    for record in records:
+        for event in record.events:
+            if isinstance(event, TaskSubmitted):
+                tasks[event.task.req_no] = event.task
+            elif isinstance(event, TaskFinished) and event.run_us and event.req_no in tasks:
+                task = tasks[event.req_no]
+                usual_us = forecaster.predictor.at(forecaster.predict(task, now, gpu_model), (0.5,))[0]
+                yield task, (event.req_no, event.attempt, event.rank), event.run_us, usual_us
+
+
+def _first_attempts(records: Sequence[StepRecord]) -> dict[AttemptKey, PodKind]:
+    """Return the attempts that were the first of their Pods, of those kinds of Pods that ran several times as many others."""
+    fresh: dict[int, PodKind] = {}
+    kinds: dict[int, PodKind] = {}
+    first: dict[AttemptKey, PodKind] = {}
+    later: dict[PodKind, int] = {}
+    for record in records:
+        for command in record.commands:
+            match command:
+                case CreatePod(pod, _, method, model):
+                    fresh[pod] = kinds[pod] = (method, model)
+                case StartTask(req_no, attempt, pod, _, rank) if pod in fresh:
+                    first[req_no, attempt, rank] = fresh.pop(pod)
+                case StartTask(pod=pod) if pod in kinds:
+                    later[kinds[pod]] = later.get(kinds[pod], 0) + 1
+                case _:
+                    pass
+    firsts = Counter(first.values())
+    return {key: kind for key, kind in first.items() if later.get(kind, 0) >= _LATER * firsts[kind]}
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredFirstRuns:
+    """First runs in Pods take longer as those of a measured journal did: one of its spans, drawn; a `sim.hardware.FirstRuns`."""
+
+    spans_us: Mapping[PodKind, tuple[Micros, ...]]
+
+    def draw(self, method: str, model: str, seed: int, pod: int) -> Micros:
+        """Return how much longer the first run in this Pod takes; 0 for kinds that were not measured."""
+        spans = self.spans_us.get((method, model))
+        return spans[choice(len(spans), seed, "first run", method, model, pod)] if spans else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +284,18 @@ class RunTimes:
     forecaster: OnlineForecaster
     calibration: Calibration
     gpu_model: str
+    ratios: Mapping[TaskKind, tuple[float, ...]] = field(default_factory=dict)
+    """How run times scatter around the predicted median (`run_ratios`); where it is not given, as the predictor says."""
 
     def truth(self, task: TaskSpec, now: Micros, seed: int) -> Truth:
         """Return what may happen to a task: a draw from its predicted distribution, the same for the same seed."""
         prediction = self.forecaster.predict(task, now, self.gpu_model)
-        run_us = self.forecaster.predictor.at(prediction, (unit(seed, "run", task.req_no),))[0]
+        ratios = self.ratios.get((task.method, task.task_type))
+        if ratios:
+            usual_us = self.forecaster.predictor.at(prediction, (0.5,))[0]
+            run_us = round(usual_us * ratios[choice(len(ratios), seed, "run", task.req_no)])
+        else:
+            run_us = self.forecaster.predictor.at(prediction, (unit(seed, "run", task.req_no),))[0]
         late = self.calibration.report_us
         if late:
             run_us += late[choice(len(late), seed, "report", task.req_no)]

@@ -1,8 +1,8 @@
 """Is the simulator right about real executors? Compares a real run's journal with simulations of the same workload.
 
 The workload is run for real to calibrate (`sim.calibration`) and, drawn with another seed, to be judged. The judged run is
-simulated from its arrivals alone: run times are drawn from what the predictor learned in the calibrating runs. Real runs are made
-by whoever calls (`aigc fidelity`); everything here is a pure function of journals.
+simulated from its arrivals alone: run times are the predictor's medians, scattered as the calibrating runs scatter around them.
+Real runs are made by whoever calls (`aigc fidelity`); everything here is a pure function of journals.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,17 @@ from engine.profile import Profile
 from engine.scheduler import Engine
 from engine.tasks import SECOND, Micros, TaskSpec
 from predictors.forecaster import OnlineForecaster
-from sim.calibration import Calibration, RunTimes, learned, measure, measured_hardware, nodes_of
+from sim.calibration import (
+    Calibration,
+    MeasuredFirstRuns,
+    RunTimes,
+    first_runs,
+    learned,
+    measure,
+    measured_hardware,
+    nodes_of,
+    run_ratios,
+)
 from sim.draws import choice, exponential, unit
 from sim.from_journal import StepRecord
 from sim.paired import student_95
@@ -286,8 +296,12 @@ def simulate_once(
     nodes = nodes_of(judged)
     if not nodes:
         raise FidelityError("no node joined in the judged journal; the run needs at least one agent")
+    forecaster = learned(calibrating)
     hardware = measured_hardware(calibration, nodes)
-    times = RunTimes(learned(calibrating), calibration, hardware.reference_gpu)
+    longer = first_runs(calibrating, forecaster, hardware.reference_gpu)
+    hardware = replace(hardware, first_runs=MeasuredFirstRuns(longer))
+    ratios = run_ratios(calibrating, forecaster, hardware.reference_gpu)
+    times = RunTimes(forecaster, calibration, hardware.reference_gpu, ratios)
     began = judged[0].now
     submitted = [
         (record.now - began, event.task)
@@ -296,8 +310,8 @@ def simulate_once(
         if isinstance(event, TaskSubmitted)
     ]
     world = SimWorld(simpy.Environment(), hardware, times.workload(submitted, seed), seed)
-    journal, forecaster = MemoryJournal(), OnlineForecaster()
-    run(Engine(profile, Limits(remembered=_REMEMBERED)), world, forecaster.watching(journal), forecaster)
+    journal, online = MemoryJournal(), OnlineForecaster()
+    run(Engine(profile, Limits(remembered=_REMEMBERED)), world, online.watching(journal), online)
     return observe(journal.records)
 
 

@@ -31,7 +31,16 @@ from engine.scheduler import Engine
 from engine.state import State
 from engine.tasks import Micros, PodState, TaskState
 from predictors.forecaster import OnlineForecaster
-from sim.calibration import Calibration, CalibrationError, RunTimes, learned, measure, measured_hardware
+from sim.calibration import (
+    Calibration,
+    CalibrationError,
+    MeasuredFirstRuns,
+    RunTimes,
+    first_runs,
+    learned,
+    measure,
+    measured_hardware,
+)
 from sim.draws import unit
 from sim.from_journal import workload_from_records
 from sim.hardware import GPU_MODELS, Hardware, cluster
@@ -273,6 +282,8 @@ def run_forward(
     up = [node.spec for node in state.cluster.nodes if node.up]
     hardware = measured_hardware(fork.calibration, [*up, *joining])
     forecaster = fork.forecaster()
+    longer = first_runs(fork.history, forecaster, hardware.reference_gpu)
+    hardware = replace(hardware, first_runs=MeasuredFirstRuns(longer))
     times = RunTimes(forecaster, fork.calibration, hardware.reference_gpu)
     arrivals = []
     for arrival in future_arrivals(fork, window_us, horizon_us, change.load, seed):

@@ -104,6 +104,14 @@ class BatchRow:
         return self.family, self.width, self.height
 
 
+class FirstRuns(Protocol):
+    """What the first run in a Pod took beyond what it would have taken later, as measured."""
+
+    def draw(self, method: str, model: str, seed: int, pod: int) -> Micros:
+        """Return how much longer the first run in this Pod takes."""
+        ...
+
+
 class PodStarts(Protocol):
     """Times to start a Pod that were measured."""
 
@@ -164,6 +172,8 @@ class Hardware:
     """Load times as a service measured them, GPU by GPU; they replace those worked out from bytes and bandwidths."""
     pod_starts: PodStarts | None = None
     """What Pods of this very platform took to start beyond `pod_start_us`, loads included (`sim.calibration`); goes before all."""
+    first_runs: FirstRuns | None = None
+    """What the first run in a Pod takes longer (`sim.calibration`): what is loaded and set up only when it is needed."""
 
     def __post_init__(self) -> None:
         if not self.nodes:

@@ -47,13 +47,15 @@ class SimNode:
 class SimPod:
     """A container with a model on a share of GPUs."""
 
-    __slots__ = ("gpu_model", "hung", "loras", "order", "pipeline", "ready", "running", "share", "stopping")
+    __slots__ = ("fresh", "gpu_model", "hung", "loras", "order", "pipeline", "ready", "running", "share", "stopping")
 
     def __init__(self, order: CreatePod, gpu_model: str) -> None:
         self.order = order
         self.gpu_model = gpu_model
         self.share = order.grants[0].share if order.grants else 1000
         self.ready = False
+        self.fresh = True
+        """Nothing has run in it."""
         self.stopping = False
         self.hung = False
         """One of its GPUs is ill: nothing in it ever ends."""

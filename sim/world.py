@@ -235,7 +235,7 @@ class SimWorld:
         pod = SimPod(order, node.model_of.get(order.grants[0].uuid if order.grants else "", "cpu"))
         node.pods[order.pod] = self.pods[order.pod] = pod
         if ready_in_us is None:
-            pod.ready = True
+            pod.ready, pod.fresh = True, False
         else:
             self.after(ready_in_us, self._pod_ready, order.pod, node.life)
 
