@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 from model_folders import model_dir
 
+from api.mq.messages import decode, encode_request
+from api.support.intake import MethodDefaults, understand
+from api.support.jobs import Model
 from engine.resources import Demand
 from engine.tasks import TaskSpec, TaskType
 from executors.memory.footprint import Footprint, PartWeights, read_footprint
@@ -114,3 +118,34 @@ def test_the_simulated_hardware_takes_what_is_planned_and_predicted(footprint: F
         expected = GpuMemoryModel().expected_bytes(asked, 0.0)
         assert hardware.peak_memory_bytes(task) == pytest.approx(expected, rel=1e-6)
         assert hardware.peak_memory_bytes(task) > weights
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, {"rows": 8, "frugal": 0}),
+        ({"batch": 3, "prior_preservation": False, "size": 768}, {"rows": 3, "frugal": 0, "width": 768, "height": 768}),
+        ({"gradient_checkpointing": True, "batch": 1}, {"rows": 2, "frugal": 1}),
+    ],
+)
+def test_a_training_says_at_the_door_what_its_memory_goes_by(given: dict[str, Any], told: dict[str, int]) -> None:
+    parameters = {"pictures": ["a" * 64, "b" * 64, "c" * 64], "category": "dog", **given}
+    message = decode(
+        encode_request(
+            req_no=str(uuid.UUID(int=7)), tenant="acme", task_type="TP", method="dreambooth", parameters=parameters
+        )
+    )
+    request = understand(
+        message,
+        message_id="m",
+        task_id="task",
+        now=0,
+        methods={"dreambooth": MethodDefaults(Demand(gpus=1))},
+        default_model="tiny",
+        find_model={"tiny": Model("tiny", "builtin")}.get,
+    )
+    assert request.spec is not None
+    features = dict(request.spec.features)
+    assert {name: features.get(name) for name in ("rows", "frugal", *told)} == told
+    assert ("width" in features) is ("width" in told)
+    assert read_request(task_features(request.spec)).batch == told["rows"]
