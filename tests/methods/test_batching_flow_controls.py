@@ -29,12 +29,19 @@ KINDS = {
     ("sd3", "text"): diffusers.StableDiffusion3ControlNetPipeline,
     ("flux", "text"): diffusers.FluxControlNetPipeline,
     ("flux", "image"): diffusers.FluxControlNetImg2ImgPipeline,
+    ("flux", "mask"): diffusers.FluxControlNetInpaintPipeline,
 }
 
 
 def drawn(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def half() -> Image.Image:
+    mask = Image.new("L", (SIDE, SIDE), 0)
+    mask.paste(255, (0, 0, SIDE // 2, SIDE))
+    return mask
 
 
 def request(**changes: Any) -> PictureRequest:
@@ -57,7 +64,9 @@ def plain(loaded: pipelines.LoadedPipeline, asked: PictureRequest, controls: Con
         given = {name: value[0] for name, value in given.items()}
     if asked.image is not None:
         given |= {"image": asked.image, "strength": asked.strength}
-    kind = KINDS[loaded.family, "text" if asked.image is None else "image"]
+    if asked.mask is not None:
+        given |= {"mask_image": asked.mask}
+    kind = KINDS[loaded.family, "text" if asked.image is None else "image" if asked.mask is None else "mask"]
     taken = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in loaded.pipe.components.items() if name in taken}
     pipe = kind(**parts, controlnet=nets[0] if len(nets) == 1 else nets)
@@ -124,6 +133,7 @@ FLUX = [
     request(id="untold", controls=(ControlPicture("depth", drawn(3), scale=0.8),), guidance=2.0),
     request(id="two", controls=(CANNY, ControlPicture("pose", drawn(5), scale=0.5))),
     request(id="image", controls=(CANNY,), image=drawn(4), strength=0.6, steps=6),
+    request(id="mask", controls=(CANNY,), image=drawn(4), mask=half(), strength=0.8),
 ]
 
 

@@ -64,6 +64,7 @@ KINDS = {
     ("sd", "image control"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
     ("sd", "mask control"): diffusers.StableDiffusionControlNetInpaintPipeline,
     ("sdxl", "image control"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+    ("sdxl", "mask control"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
 }
 
 
@@ -219,9 +220,8 @@ def test_controlnets_are_followed_as_in_the_plain_pipeline(model_ref: Callable[.
         request(id="two", controls=(canny, ControlPicture("depth", drawn(3), scale=0.5))),
         request(id="image", controls=(canny,), image=drawn(4), strength=0.6),
         request(id="none"),
+        request(id="mask", controls=(canny,), image=drawn(4), mask=half(), strength=0.8),
     ]
-    if family == "sd":
-        asked.append(request(id="mask", controls=(canny,), image=drawn(4), mask=half(), strength=0.8))
     for each in asked:
         assert np.array_equal(paused_and_resumed(batch, each), plain(loaded, each, batch.controls)), each.id
     for each in asked:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 executors = pytest.importorskip("benchmarks.executors", reason="the benchmarks are not in this tree")
@@ -78,3 +79,30 @@ def test_every_part_measures_a_small_model(
     assert alone["others_made"] == 0 < between["others_made"]
     assert beside["calls"] >= 12
     assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "steps", "minutes", "architecture", "compiles"),
+    [
+        ([], True, 30, executors.GPU_MINUTES, ["sd15", "sdxl"], True),
+        ([], False, None, None, None, False),
+        (["--architecture", "small", "--steps", "4", "--minutes", "2"], True, 4, 2.0, ["small"], True),
+        (["--compile"], False, None, None, None, True),
+    ],
+)
+def test_what_is_left_open_suits_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    gpu: bool,
+    steps: int | None,
+    minutes: float | None,
+    architecture: list[str] | None,
+    compiles: bool,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["executors", *given])
+    monkeypatch.setattr(executors.device, "resolve", lambda _: torch.device("cuda" if gpu else "cpu"))
+    options = executors._options()
+    assert executors._fill_in(options) is gpu
+    assert (options.steps, options.minutes, options.architecture) == (steps, minutes, architecture)
+    assert ("compiled" in options.parts) is compiles
+    assert (options.model is None) is (architecture is not None)
