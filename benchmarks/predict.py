@@ -27,6 +27,7 @@ from benchmarks.machine import machine_line  # noqa: E402
 from engine.tasks import SECOND  # noqa: E402
 from predictors.challenger import ChallengerSettings  # noqa: E402
 from predictors.duration import DurationSettings  # noqa: E402
+from predictors.features import read_request  # noqa: E402
 from predictors.gentd26 import SUCCEED, Row, read_rows  # noqa: E402
 from predictors.loads import LoadTimes  # noqa: E402
 from predictors.predictor import Prediction, Predictor  # noqa: E402
@@ -187,6 +188,10 @@ def part_speeds(rows: list[Row]) -> dict[str, float]:
         for name, begun, ended in zip(times, marks, marks[1:], strict=False):
             times[name].append((ended - begun) / 1e3)
     found = {name: statistics.median(values) for name, values in times.items()}
+    waiting = [read_request(row.features()) for row in rows[:10_000]]
+    begun = time.process_time_ns()
+    predictor.predict_many(waiting, now)
+    found["each of 10,000 at once"] = (time.process_time_ns() - begun) / 1e3 / len(waiting)
     challenger = predictor.methods["text_to_image"].challenger
     begun = time.process_time_ns()
     fit(np.stack(challenger.rows), np.array(challenger.targets), ())

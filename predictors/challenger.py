@@ -183,6 +183,12 @@ class Challenger:
         self._since_judged = state["since_judged"]
 
 
+def bounded_rows(corrections: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `bounded` of each."""
+    limit = _CUT / 1.5
+    return np.where(np.isfinite(corrections), np.clip(corrections, -limit, limit), 0.0)
+
+
 def bounded(correction: float) -> float:
     """Return what trees may move a prediction by, in log seconds."""
     limit = _CUT / 1.5

@@ -28,7 +28,7 @@ MINUTE_S = 60.0
 HOUR_S = 3600.0
 DAY_S = 86400.0
 
-_MEMORIES: tuple[tuple[float, float], ...] = (
+MEMORIES: tuple[tuple[float, float], ...] = (
     (21 * DAY_S, 1.0),
     (20 * MINUTE_S, 1.0),
     (5 * MINUTE_S, 0.5),
@@ -40,7 +40,7 @@ _MEMORIES: tuple[tuple[float, float], ...] = (
     (10 * MINUTE_S, 4.0),
 )
 """The memory of each table of residuals, keyed by `Request.memories`, and how many observations its zero prior counts for."""
-_UNRESTS: tuple[tuple[float, float], ...] = ((HOUR_S, 10.0), (DAY_S, 10.0), (21 * DAY_S, 4.0))
+UNRESTS: tuple[tuple[float, float], ...] = ((HOUR_S, 10.0), (DAY_S, 10.0), (21 * DAY_S, 4.0))
 """Memories of how much larger errors were than expected: of all, of the model and of the user."""
 _MODEL_LORA, _MODEL_30, _MODEL_6 = 5, 6, 7
 _FADED = 0.1
@@ -48,10 +48,11 @@ _GROWTH = 0.5
 _FLOOR_S = 1e-3
 _SAYS_NOTHING = -0.5
 """A task stopped so many deviations from the centre says nothing; where nearly all are stopped, that holds the centre near."""
-_COLUMNS = 1 + COVARIATES + len(_MEMORIES) + 4
-_SPREAD = slice(_COLUMNS, _COLUMNS + SPREAD_COLUMNS)
+COLUMNS = 1 + COVARIATES + len(MEMORIES) + 4
+SPREAD = slice(COLUMNS, COLUMNS + SPREAD_COLUMNS)
+"""Which columns the second recursion sees; the first sees those before."""
 _EXTRAS = 1 + COVARIATES + 2
-WIDTH = _COLUMNS + SPREAD_COLUMNS + _EXTRAS
+WIDTH = COLUMNS + SPREAD_COLUMNS + _EXTRAS
 """Columns of what the trees see: those of both recursions, the ladder's mean, the sizes themselves and traits."""
 _RISING = (*range(1, 1 + COVARIATES), *range(WIDTH - _EXTRAS + 1, WIDTH - _EXTRAS + 1 + COVARIATES))
 """Larger pictures, more steps and more pictures never lower a prediction."""
@@ -122,10 +123,10 @@ class DurationModel:
     def __init__(self, settings: DurationSettings | None = None, refit: Refit = at_once) -> None:
         self.settings = settings = settings or DurationSettings()
         self.ladder = Ladder(settings.ladder_memory_s, settings.strength, settings.cells)
-        self._unrests = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in _UNRESTS]
-        self._residual_means = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in _MEMORIES]
+        self._unrests = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in UNRESTS]
+        self._residual_means = [DecayedMeans(memory_s, settings.cells) for memory_s, _ in MEMORIES]
         # Before anything is learned, run time grows with the square root of each size, and of the work where that can be counted.
-        start = [0.0, *[_GROWTH] * COVARIATES, *[0.2] * len(_MEMORIES), 0.0, 0.0, 0.0, 0.0]
+        start = [0.0, *[_GROWTH] * COVARIATES, *[0.2] * len(MEMORIES), 0.0, 0.0, 0.0, 0.0]
         self.correction = RecursiveLeastSquares(start, ridge=1.0, forgetting=settings.forgetting)
         self.champion = Errors(settings.pool, settings.forgetting)
         self.challenger = Challenger(settings.challenger, Errors(settings.pool, settings.forgetting), _RISING, refit)
@@ -171,7 +172,7 @@ class DurationModel:
             )
         )
         level, challenger = self.level.level, self.challenger
-        champion = centre = level + base + float(row[:_COLUMNS].dot(self.correction.weights))
+        champion = centre = level + base + float(row[:COLUMNS].dot(self.correction.weights))
         trees, errors, served = challenger.trees, self.champion, False
         if trees is not None and challenger.serving:
             centre += bounded(trees.predict(row))
@@ -183,7 +184,7 @@ class DurationModel:
             declared_mean,
             champion,
             centre,
-            errors.scale(row[_SPREAD], weights[1]),
+            errors.scale(row[SPREAD], weights[1]),
             row,
             trees,
             served,
@@ -197,7 +198,7 @@ class DurationModel:
         What `DecayedMeans.shrunk` and `DecayedMeans.weight` say, each cell looked up once.
         """
         means, kept, exp = [], [], math.exp
-        for (memory_s, strength), table, key in zip(_MEMORIES, self._residual_means, request.memories, strict=True):
+        for (memory_s, strength), table, key in zip(MEMORIES, self._residual_means, request.memories, strict=True):
             cell = table.cells.get(key)
             if cell is None:
                 means.append(0.0)
@@ -216,9 +217,9 @@ class DurationModel:
         """Return by how much errors were larger than expected: lately, those of the model, and those of the user, in logs."""
         of_all, of_model, of_user = self._unrests
         return [
-            of_all.shrunk(None, now_s, 0.0, _UNRESTS[0][1]),
-            of_model.shrunk(request.model, now_s, 0.0, _UNRESTS[1][1]),
-            of_user.shrunk(request.user, now_s, 0.0, _UNRESTS[2][1]),
+            of_all.shrunk(None, now_s, 0.0, UNRESTS[0][1]),
+            of_model.shrunk(request.model, now_s, 0.0, UNRESTS[1][1]),
+            of_user.shrunk(request.user, now_s, 0.0, UNRESTS[2][1]),
         ]
 
     def _declared(self, request: Request, now_s: float, ladder_mean: float) -> tuple[float, float]:
@@ -284,7 +285,7 @@ class DurationModel:
         A time that was drawn says nothing of the errors' size: it was drawn by that size.
         """
         challenger = self.challenger
-        spread_row = outlook.row[_SPREAD]
+        spread_row = outlook.row[SPREAD]
         champion_off = log_s - (outlook.champion - outlook.level)
         centre, scale = outlook.centre, outlook.scale
         if outlook.served:
@@ -320,7 +321,7 @@ class DurationModel:
                 table.fade(key, _FADED)
 
     def _learn_residual(self, request: Request, outlook: Outlook, now_s: float, residual: float, weight: float) -> None:
-        self.correction.learn(outlook.row[:_COLUMNS], residual, weight)
+        self.correction.learn(outlook.row[:COLUMNS], residual, weight)
         self.correction.keep_positive(1, 1 + COVARIATES)  # Larger must not seem quicker.
         for table, key in zip(self._residual_means, request.memories, strict=True):
             table.add(key, now_s, residual, weight)

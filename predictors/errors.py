@@ -10,7 +10,7 @@ from predictors.residuals import ResidualPool
 SPREAD_COLUMNS = 10
 _START = -1.5
 _LOSS_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-_NEWNESS = 0.45
+NEWNESS = 0.45
 """A model's first request errs by e to this more than others: new models differ more from each other than one from itself."""
 _CLIP = 12.0
 """Standardised residuals are cut here, six times the usual spread: one freak must not stretch every tail."""
@@ -27,7 +27,7 @@ class Errors:
 
     def scale(self, row: Vector, model_weight: float) -> float:
         """Return the expected size of the error: the exponential of the mean log of it."""
-        return math.exp(min(0.3, max(-6.0, self.spread.predict(row) + _NEWNESS / (1.0 + model_weight))))
+        return math.exp(min(0.3, max(-6.0, self.spread.predict(row) + NEWNESS / (1.0 + model_weight))))
 
     def learn(self, error: float, scale: float, row: Vector, drawn: bool = False) -> None:
         """Learn one error and the scale that was expected of it; of one that was drawn, only the shape."""

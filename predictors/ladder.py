@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from predictors.decay import Cell
 from predictors.features import Covariates, Key
 
-_GUESS_STRENGTH = 0.25
+GUESS_STRENGTH = 0.25
 
 
 class Ladder:
@@ -41,7 +41,7 @@ class Ladder:
         mean = start
         pictures, steps, pixels, work = own_pictures, own_steps, own_pixels, own_work = covariates
         weights: list[float] = []
-        strength, memory_s, exp = _GUESS_STRENGTH, self.memory_s, math.exp
+        strength, memory_s, exp = GUESS_STRENGTH, self.memory_s, math.exp
         for key in keys:
             cell = self.cells.get(key)
             if cell is None:

@@ -14,11 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.tasks import SECOND, Micros, Quantiles
 from predictors.challenger import Refit, at_once
 from predictors.duration import DurationModel, DurationSettings, Outlook
 from predictors.failure import FailureModel
 from predictors.features import Feature, Request, read_request
+from predictors.many import look_many
 from predictors.memory import GpuMemoryModel
 from predictors.residuals import NORMAL_SPREAD
 from predictors.speed import SpeedRatios
@@ -30,6 +34,7 @@ LONGEST_US: Micros = 90 * 86400 * SECOND
 """No prediction is longer than this."""
 _METHODS = 64
 _OBSERVED = 4096
+_P99 = LEVELS.index(0.99)
 _TAIL_POINTS = 24
 _TAIL_LEVELS = (*LEVELS, *((i + 0.5) / _TAIL_POINTS for i in range(_TAIL_POINTS)))
 _PRIOR_S = {"dreambooth": 600.0, "text_to_image": 10.0}
@@ -96,6 +101,16 @@ class Prediction:
         return Quantiles(self.mean_us - gone, self.p50_us - gone, self.p90_us - gone, self.p99_us - gone)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RunTimes:
+    """What is predicted about many tasks, in microseconds."""
+
+    means_us: NDArray[np.int64]
+    """Shape (tasks,)."""
+    quantiles_us: NDArray[np.int64]
+    """Shape (tasks, levels): at `LEVELS`, never decreasing."""
+
+
 class Predictor:
     """Learns online, one finished task at a time; one stack per AI method. Time is an argument, in microseconds.
 
@@ -154,6 +169,32 @@ class Predictor:
             outlook=outlook,
             log_ratio=log_ratio,
         )
+
+    def predict_many(self, requests: Sequence[Request], now_us: Micros, gpu_model: str = "*") -> RunTimes:
+        """Return the run times that `predict` would tell for each request, to the microsecond; faster from some dozens on."""
+        means, quantiles = (
+            np.empty(len(requests), dtype=np.int64),
+            np.empty((len(requests), len(LEVELS)), dtype=np.int64),
+        )
+        by_method: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            if request.declared_s > 0.0:
+                alone = self.predict(request, now_us, gpu_model)
+                means[place], quantiles[place] = alone.mean_us, alone.quantiles_us
+            else:
+                by_method.setdefault(request.method, []).append(place)
+        now_s = now_us / SECOND
+        for method, places in by_method.items():
+            model = self.methods.get(method) or self._new_model(method)
+            outlooks = look_many(model, [requests[place] for place in places], now_s, self.speeds.frame(method))
+            pool = (model.challenger.errors if outlooks.served else model.champion).pool
+            centres = outlooks.centres + self.speeds.log_ratio(method, gpu_model, now_s)
+            logs = centres[:, None] + outlooks.scales[:, None] * np.array(pool.quantiles(LEVELS))
+            times = (np.exp(np.minimum(logs, 20.0)) * 1e6 + 0.5).astype(np.int64)
+            quantiles[places] = np.clip(times, 1, LONGEST_US)
+            mean = np.exp(np.minimum(centres, 20.0)) * pool.smears(outlooks.scales) * 1e6
+            means[places] = np.clip(mean.astype(np.int64), 1, quantiles[places, _P99])
+        return RunTimes(means, quantiles)
 
     def on(self, prediction: Prediction, gpu_model: str, now_us: Micros) -> Prediction:
         """Return the same prediction for another GPU model; cheaper than predicting again."""

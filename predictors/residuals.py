@@ -135,10 +135,19 @@ class ResidualPool:
 
     def smear(self, scale: float) -> float:
         """Return the mean of exp(scale x residual): what turns a log-space centre into a mean."""
-        if self._grid is None:
-            self._grid = np.array([self.quantile((i + 0.5) / _GRID) for i in range(_GRID)])
-            self._grid_age = 0
-        return float(np.add.reduce(np.exp(self._grid * scale))) / _GRID
+        grid = self._grid if self._grid is not None else self._new_grid()
+        return float(np.add.reduce(np.exp(grid * scale))) / _GRID
+
+    def smears(self, scales: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return `smear` of each scale."""
+        grid = self._grid if self._grid is not None else self._new_grid()
+        means: NDArray[np.float64] = np.exp(grid * scales[:, None]).mean(axis=1)
+        return means
+
+    def _new_grid(self) -> NDArray[np.float64]:
+        self._grid = np.array([self.quantile((i + 0.5) / _GRID) for i in range(_GRID)])
+        self._grid_age = 0
+        return self._grid
 
     def state(self) -> dict[str, object]:
         """Return the pool as plain values, oldest first."""
