@@ -51,7 +51,7 @@ fasttest: fast nativetest ## Build natively, then test the engine and the simula
 
 nativetest: ## The engine's and the simulator's tests against what `make fast` built
 	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -c 'import engine.state, sim.world; files = [engine.state.__file__, sim.world.__file__]; raise SystemExit(None if all(f.endswith(".so") for f in files) else f"no native build: {files}; run `make fast`")'
-	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -m pytest -q -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. ../../tests/engine ../../tests/sim/test_simulate.py ../../tests/sim/test_jobs_core.py
+	cd build/fast && PYTHONPATH=. ../../$(BIN)/python -P -m pytest -q -n $(WORKERS) -p no:cacheprovider -c ../../pyproject.toml --rootdir ../.. ../../tests/engine ../../tests/sim/test_simulate.py ../../tests/sim/test_jobs_core.py
 
 bench: $(STAMP) ## Every benchmark, tables to the terminal
 	$(BIN)/python -m benchmarks.engine

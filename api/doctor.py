@@ -45,7 +45,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from _devices(settings.agent.devices)
     yield from _models(settings.models_dir)
     yield from _memory(settings)
-    yield _gateway(settings)
+    gateway = _gateway(settings)
+    yield gateway
+    if gateway.verdict == "note":  # Where it runs, its own parts have the ports.
+        yield from _ports(settings)
 
 
 def _python() -> Finding:
@@ -163,6 +166,16 @@ def _memory(settings: Settings) -> Iterator[Finding]:
             place, said = described(footprint, 4 if model == "cpu" else 2, room_bytes)
             verdict: Verdict = "fault" if place is Place.NOWHERE else "note" if place is not Place.DEVICE else "ok"
             yield Finding("memory", verdict, f"{name} on {model} ({room_bytes / GIB:.1f} GiB): {said}")
+
+
+def _ports(settings: Settings) -> Iterator[Finding]:
+    """Say which ports somebody listens on already."""
+    try:
+        from api.platform import ports_taken
+    except ImportError:
+        return  # Said above.
+    for taken in ports_taken(settings):
+        yield Finding("port", "note", f"{taken}; if it is a part of this platform, all is well")
 
 
 def _gateway(settings: Settings) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,8 @@ def local_platform(
             ),
         }
     )
-    host, _, port = bind.removeprefix("tcp://").rpartition(":")
-    for field, address in (
-        ("gateway.port", (settings.gateway.host, settings.gateway.port)),
-        ("scheduler.internal_port", (settings.scheduler.internal_host, settings.scheduler.internal_port)),
-        ("scheduler.bind", (host.replace("*", "0.0.0.0"), int(port))),  # noqa: S104
-    ):
-        _check_free(field, *address)
+    for taken in ports_taken(settings):
+        raise taken
     state = StateDir(settings.state_dir)
     state.create()
     ensure_operator_key(settings)
@@ -108,6 +103,20 @@ def local_platform(
             )
         )
     return Supervisor(parts, say, local_fleet(settings, connect, environment, say)), settings
+
+
+def ports_taken(settings: Settings) -> Iterator[PortTaken]:
+    """Yield an error for each configured address that cannot be listened on."""
+    host, _, port = settings.scheduler.bind.removeprefix("tcp://").rpartition(":")
+    for field, address in (
+        ("gateway.port", (settings.gateway.host, settings.gateway.port)),
+        ("scheduler.internal_port", (settings.scheduler.internal_host, settings.scheduler.internal_port)),
+        ("scheduler.bind", (host.replace("*", "0.0.0.0"), 0 if port == "*" else int(port))),  # noqa: S104
+    ):
+        try:
+            _check_free(field, *address)
+        except PortTaken as error:
+            yield error
 
 
 def _check_free(field: str, host: str, port: int) -> None:

@@ -37,14 +37,17 @@ class GatewayClient:
         )
         weakref.finalize(self, self._client.close)
 
-    def request(self, method: str, path: str, **arguments: Any) -> Any:
-        """Send a request and return the JSON answer (None where there is none); a refusal ends the command."""
+    def request(self, method: str, path: str, *, about: str = "", **arguments: Any) -> Any:
+        """Send a request and return the JSON answer (None where there is none); a refusal ends the command.
+
+        `about` stands before what the server says, where one of several things was refused.
+        """
         try:
             answer = self._client.request(method, path, **arguments)
         except self._httpx.TransportError as error:
             fail(f"the gateway at {self.url} does not answer ({error}); is `aigc up` running?", Exit.UNREACHABLE)
         if answer.status_code >= 400:
-            fail(explain(answer.status_code, answer.content), Exit.REFUSED)
+            fail(about + explain(answer.status_code, answer.content), Exit.REFUSED)
         return answer.json() if answer.content else None
 
     def stream(self, path: str, last_event_id: str = "") -> Iterator[dict[str, Any]]:
@@ -91,7 +94,9 @@ def explain(status: int, body: bytes) -> str:
         return f"the server answered {status}"
     detail = problem.get("detail") or (problem.get("error") or {}).get("message") or problem.get("title") or ""
     parameter = (problem.get("error") or {}).get("param")
-    return f"{status}: {detail}" + (f" (field: {parameter})" if parameter and str(parameter) not in str(detail) else "")
+    remedy = "; give one by --key or AIGC_API_KEY, `aigc keys create` makes one" if status == 401 else ""
+    field = f" (field: {parameter})" if parameter and str(parameter) not in str(detail) else ""
+    return f"{status}: {str(detail).rstrip('.') if remedy else detail}{remedy}{field}"
 
 
 def _read(path: Path) -> str:

@@ -167,7 +167,9 @@ def upload(client: GatewayClient, picture: Path) -> str:
     """Upload a picture and return its file id."""
     media_type = mimetypes.guess_type(picture.name)[0] or "application/octet-stream"
     with picture.open("rb") as file:
-        answer = client.request("POST", "/v1/uploads", files={"file": (picture.name, file, media_type)})
+        answer = client.request(
+            "POST", "/v1/uploads", about=f"{picture}: ", files={"file": (picture.name, file, media_type)}
+        )
     return str(answer["file_id"])
 
 

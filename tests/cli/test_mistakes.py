@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from api.cli.client import explain
 from api.cli.main import app
+from api.platform import ports_taken
 from api.settings import ConfigurationError, Settings, changed, load_settings
 from api.state_dir import StateDir, held
 from api.supervisor import Part
@@ -132,3 +136,25 @@ def test_an_agent_that_nobody_answers_says_so_ever_less_often(caplog: pytest.Log
     assert not caplog.records, "the silence counts from when the session was lost"
     silence.look(66 * SECOND, Life.SEEKING)
     assert len(caplog.records) == 1
+
+
+def test_doctor_names_a_port_that_another_program_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIGC_SCHEDULER__BIND", "tcp://127.0.0.1:*")
+    monkeypatch.setenv("AIGC_GATEWAY__PORT", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("AIGC_SCHEDULER__INTERNAL_PORT", str(taken.getsockname()[1]))
+        assert [str(each).partition(":")[0] for each in ports_taken(load_settings())] == ["scheduler.internal_port"]
+        answer = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
+    (port,) = [finding for finding in json.loads(answer.stdout) if finding["what"] == "port"]
+    assert port["verdict"] == "note"
+    assert "AIGC_SCHEDULER__INTERNAL_PORT" in port["detail"]
+    monkeypatch.setenv("AIGC_SCHEDULER__INTERNAL_PORT", "0")
+    assert list(ports_taken(load_settings())) == []
+
+
+def test_a_refusal_of_a_key_says_where_one_comes_from() -> None:
+    said = explain(401, json.dumps({"detail": "Not authenticated: the API key is unknown."}).encode())
+    assert said.startswith("401: Not authenticated: the API key is unknown; give one by --key")
+    assert explain(404, json.dumps({"detail": "there is no job."}).encode()) == "404: there is no job."
