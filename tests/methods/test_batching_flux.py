@@ -309,3 +309,10 @@ def test_a_flux_model_s_wrong_number_of_tokens_is_named(model_ref: Callable[...,
     loaded.defaults = {"prompt_tokens": own}
     with pytest.raises(ModelMissing, match="prompt_tokens of flux's defaults"):
         sampling.encode_prompt(loaded, "a red star", "", False)
+
+
+def test_flux_is_computed_in_the_wider_half_precision_on_a_gpu(model_ref: Callable[..., ModelRef]) -> None:
+    gpu = torch.device("cuda")
+    assert pipelines._precision(model_ref("flux").base_dir, gpu) == torch.bfloat16
+    assert pipelines._precision(model_ref("sd").base_dir, gpu) == torch.float16
+    assert pipelines._precision(model_ref("flux").base_dir, torch.device("cpu")) == torch.float32
