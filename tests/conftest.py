@@ -15,7 +15,8 @@ TRACED = frozenset({"engine", "protocol", "worlds"})
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     """Stop the tracer, where there is one, for a test that is not to be traced, its fixtures included."""
     folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
-    traced = folder in TRACED and item.get_closest_marker("slow") is None
+    about_the_engine = folder in TRACED or item.path.name.startswith("test_engine")
+    traced = about_the_engine and item.get_closest_marker("slow") is None
     tracer = None if traced else _running_tracer()
     if tracer is None:
         return (yield)
