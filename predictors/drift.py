@@ -8,17 +8,16 @@ throttled, shifts only its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-_SLACK = 0.4
-_ALARM = 6.0
-_CLIP = 2.0
+_SLACK = 0.5
+_ALARM = 7.0
 _OWN_SLACK = 0.6
 _OWN_ALARM = 11.0
-_OWN_CLIP = 2.5
+_CLIP = 2.5
 _SHARE = 0.9
 _PATIENCE = 30
-"""A user who spoke n times among so many observations counts for 1 / (1 + n) ..."""
+"""A user speaks at most once in so many observations ..."""
 _ECHO = 10
 """... and a model that spoke often among the last ten counts less: a shift of one of them is not a shift of all."""
 
@@ -26,7 +25,7 @@ _ECHO = 10
 class LevelShift:
     """A two-sided CUSUM test on standardised errors, made broad: neither a busy user nor a busy model can ring it alone."""
 
-    __slots__ = ("_models", "_users", "alarms", "level", "sums")
+    __slots__ = ("_count", "_models", "_spoke", "alarms", "level", "sums")
 
     def __init__(self) -> None:
         self.level = 0.0
@@ -34,13 +33,21 @@ class LevelShift:
         self.alarms = 0
         self.sums = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
         """Upwards and downwards: the test statistic, the weighted errors and the weights since it last touched zero."""
-        self._users: deque[str] = deque(maxlen=_PATIENCE)
+        self._count = 0
+        self._spoke: dict[str, int] = {}
         self._models: deque[str] = deque(maxlen=_ECHO)
 
     def hear(self, user: str, model: str, error: float, sigma: float) -> None:
         """Take one error in log seconds, measured in the present frame, with the size that was expected of it."""
-        weight = (1.0 + self._models.count(model)) ** -0.5 / (1.0 + self._users.count(user))
-        self._users.append(user)
+        self._count += 1
+        spoke = self._spoke.pop(user, None)
+        if spoke is not None and self._count - spoke < _PATIENCE:
+            self._spoke[user] = spoke
+            return
+        self._spoke[user] = self._count
+        if len(self._spoke) > _PATIENCE:
+            del self._spoke[next(iter(self._spoke))]
+        weight = (1.0 + self._models.count(model)) ** -0.5
         self._models.append(model)
         size = max(-_CLIP, min(_CLIP, error / sigma))
         for sign, sums in ((1.0, self.sums[0]), (-1.0, self.sums[1])):
@@ -61,7 +68,8 @@ class LevelShift:
             "level": self.level,
             "alarms": self.alarms,
             "sums": self.sums,
-            "users": list(self._users),
+            "count": self._count,
+            "spoke": list(self._spoke.items()),
             "models": list(self._models),
         }
 
@@ -70,13 +78,13 @@ class LevelShift:
         level: float,
         alarms: int,
         sums: list[list[float]],
+        count: int,
+        spoke: list[tuple[str, int]],
         models: list[str],
-        users: Sequence[str] = (),
-        **_older: object,
     ) -> None:
-        """Take over a saved state; one of an older version does not tell the users."""
-        self.level, self.alarms, self.sums = level, alarms, sums
-        self._users = deque(users, maxlen=_PATIENCE)
+        """Take over a saved state."""
+        self.level, self.alarms, self.sums, self._count = level, alarms, sums, count
+        self._spoke = dict(spoke)
         self._models = deque(models, maxlen=_ECHO)
 
 
@@ -100,7 +108,7 @@ class OwnShifts:
         self.sums[name] = (up, down, spoke)
         if len(self.sums) > self._limit:
             del self.sums[next(iter(self.sums))]
-        size = max(-_OWN_CLIP, min(_OWN_CLIP, error / sigma))
+        size = max(-_CLIP, min(_CLIP, error / sigma))
         for sign, sums in ((1.0, up), (-1.0, down)):
             sums[0] += weight * (sign * size - _OWN_SLACK)
             sums[1] += weight * error

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +11,7 @@ from hypothesis import strategies as st
 
 from engine.tasks import SECOND
 from predictors import LEVELS, Outcome, Prediction, Predictor
-from predictors.challenger import ChallengerSettings
-from predictors.drift import LevelShift
 from predictors.duration import DurationSettings
-from predictors.gentd26 import SUCCEED, read_rows
 from predictors.predictor import LONGEST_US
 from predictors.residuals import PSEUDO, ResidualPool
 
@@ -192,51 +187,6 @@ def test_one_busy_user_does_not_move_the_level_of_all() -> None:
         features = {"method": "text_to_image", "model": "photo", "user": "user-3", "steps": 30, "images": 1}
         predictor.observe(features, now, 200 * SECOND, prediction=predictor.predict(features, now))
     assert predictor.methods["text_to_image"].level.alarms == 0
-
-
-def test_bursts_of_one_user_with_several_models_seldom_move_the_level() -> None:
-    moved = 0
-    for seed in range(20):
-        shift, rng = LevelShift(), random.Random(seed)
-        for i in range(3000):
-            for model in ("a", "b", "c") * 4 if i % 300 == 150 else ():
-                shift.hear("busy", model, 0.9 - shift.level, 0.3)
-            shift.hear(f"user-{rng.randrange(40)}", rng.choice("abcde"), rng.gauss(0, 0.3) - shift.level, 0.3)
-        moved += shift.alarms > 0
-    assert moved <= 6  # Of two hundred bursts.
-
-
-def test_a_handful_of_users_suffices_to_notice_that_all_became_slower() -> None:
-    for seed in range(10):
-        shift, rng = LevelShift(), random.Random(seed)
-        for i in range(110):
-            off = (0.4 if i >= 30 else 0.0) - shift.level
-            shift.hear(f"user-{rng.randrange(8)}", rng.choice("abcde"), off + rng.gauss(0, 0.3), 0.3)
-        assert shift.alarms >= 1
-        assert shift.level == pytest.approx(0.4, abs=0.25)
-
-
-def test_on_the_trace_a_drift_of_all_is_answered_within_fifty_tasks() -> None:
-    trace = Path(__file__).resolve().parents[3] / "shared/traces/gentd26/lora_request_trace.csv"
-    if not trace.exists():
-        pytest.skip("GenTD26's request trace is not beside the repository")
-    rows = [row for row in read_rows(trace) if row.status == SUCCEED and row.run_us > 0][:5_000]
-    errors: list[list[float]] = []
-    for factor in (1.0, 1.5):
-        predictor = Predictor(DurationSettings(challenger=ChallengerSettings(refit_every=0)))
-        running: list[tuple[int, int, int, Prediction]] = []
-        errors.append([])
-        for index, row in enumerate(rows):
-            while running and running[0][0] <= row.submitted_us:
-                ended_us, _, run_us, made = heapq.heappop(running)
-                predictor.observe(made.request, ended_us, run_us, prediction=made)
-            made = predictor.predict(row.features(), row.submitted_us)
-            run_us = round(row.run_us * (factor if index >= 4_900 else 1.0))
-            errors[-1].append(math.log(run_us / made.p50_us))
-            heapq.heappush(running, (row.submitted_us + run_us, index, run_us, made))
-    added = [slowed - plain for plain, slowed in zip(*errors, strict=True)]
-    assert sum(added[4_900:4_910]) / 10 > 0.3
-    assert abs(sum(added[4_950:]) / 50) < 0.1
 
 
 def test_a_slower_gpu_model_is_learned_as_a_ratio_that_serves_unseen_models() -> None:
