@@ -84,10 +84,14 @@ class ModelView(BaseModel):
 
 
 class SupportRefused(Exception):
-    """SS refuses a call: `status` is the HTTP status that fits, `code` is stable, the message is for people."""
+    """SS refuses a call: `status` is the HTTP status that fits, `code` is stable, the message is for people.
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    `retry_s` is when the same call may be answered; 0: nothing is known of that.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_s: float = 0.0) -> None:
         super().__init__(message)
+        self.retry_s = retry_s
         self.status = status
         self.code = code
         self.message = message

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from api.gateway.retry import retry_after
 from api.ports import SupportRefused
 
 PROBLEM_TYPE = "application/problem+json"
@@ -179,7 +180,11 @@ def install(app: FastAPI) -> None:
 
     async def support_refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, SupportRefused)
-        headers = no_retry() if error.status == 409 else {"Retry-After": "1"} if error.status in (429, 503, 504) else {}
+        headers = {}
+        if error.status == 409:
+            headers = no_retry()
+        elif error.status in (429, 503, 504):
+            headers = {"Retry-After": str(retry_after(error.retry_s)) if error.retry_s else "1"}
         return problem_response(request, error.status, error.message, code=error.code, headers=headers)
 
     async def support_away(request: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
 """The scheduler's foresight while it runs: looks ahead when it can afford to, keeps what it learned, and answers quotes.
 
 A look costs from a millisecond (a few tasks) to some hundred (ten thousand); the next one comes after fifty times that, so that
-looking takes at most 2% of the scheduler's time, however much waits.
+looking takes at most 2% of the scheduler's time, however much waits. Quotes have as much again, of which a second may be saved up.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Final
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from api.ports import SupportRefused
 from engine.ahead.calibration import LEVELS, Calibration, Coverage
 from engine.ahead.foresight import Foresight, Outlook, Promise
 from engine.commands import Command
@@ -30,6 +31,8 @@ _log = structlog.get_logger("sm")
 
 SHARE: Final = 0.02
 """Most of the scheduler's time that looking ahead may take; following its steps takes about as much again."""
+QUOTES_SAVED_S: Final = 1.0
+"""Time for quotes that may be saved up while nobody asks for one."""
 LEAST_S: Final = 0.2
 """Looks come no more often than this."""
 STALE_S: Final = 5.0
@@ -91,6 +94,7 @@ class LiveForesight:
         self._foresight = Foresight(engine.state, engine.profile, _restored(file))
         self._next = 0.0
         self._looked = float("-inf")
+        self._for_quotes_s, self._counted_at = QUOTES_SAVED_S, clock()
         self._figures = ForesightMetrics(registry)
 
     @property
@@ -120,7 +124,26 @@ class LiveForesight:
         self._figures.looked(ended - began, outlook.waiting, self.coverage(), self._foresight.calibration.scored)
 
     def quote(self, spec: TaskSpec) -> Quoted:
-        """Return what a task would be promised now; neither the engine nor the forecaster remembers that it was asked."""
+        """Return what a task would be promised now; neither the engine nor the forecaster remembers that it was asked.
+
+        Raises SupportRefused 503 when quotes have taken their share of the scheduler's time.
+        """
+        began = self._clock()
+        self._for_quotes_s = min(QUOTES_SAVED_S, self._for_quotes_s + SHARE * (began - self._counted_at))
+        self._counted_at = began
+        if self._for_quotes_s <= 0:
+            raise SupportRefused(
+                503,
+                "quotes_used_up",
+                "quotes have taken their share of the scheduler's time; jobs are accepted as ever",
+                LEAST_S - self._for_quotes_s / SHARE,
+            )
+        try:
+            return self._quote(spec)
+        finally:
+            self._for_quotes_s -= self._clock() - began
+
+    def _quote(self, spec: TaskSpec) -> Quoted:
         now = self._engine.state.now
         estimate = estimate_of(self._forecaster, now, spec)
         models = {

@@ -211,7 +211,9 @@ def _refusal(answer: httpx.Response) -> SupportRefused:
 
 def _refusal_of(tree: Any) -> SupportRefused:
     error = tree["error"]
-    return SupportRefused(int(error["status"]), str(error["code"]), str(error["message"]))
+    return SupportRefused(
+        int(error["status"]), str(error["code"]), str(error["message"]), float(error.get("retry_s", 0.0))
+    )
 
 
 async def wait_until_ready(client: SupportClient, timeout_s: float) -> bool:

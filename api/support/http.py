@@ -1,6 +1,7 @@
 """SS over loopback HTTP, for a gateway in another process. Internal: every call carries the installation's token.
 
-Errors are ``{"error": {"status", "code", "message"}}`` and become the same `SupportRefused` on the other side.
+Errors are ``{"error": {"status", "code", "message", "retry_s"}}`` (the last where it is known) and become the same `SupportRefused`
+on the other side.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def create_support_app(support: SupportPort, token: str, metrics: Callable[[], b
 
     @app.exception_handler(SupportRefused)
     async def _refused(_: Request, error: SupportRefused) -> JSONResponse:
-        return _error(error.status, error.code, error.message)
+        return _error(error.status, error.code, error.message, error.retry_s)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -233,5 +234,6 @@ async def _sse(stream: AsyncIterator[JobEvent], first: asyncio.Future[JobEvent])
             await close()
 
 
-def _error(status: int, code: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"status": status, "code": code, "message": message}}, status_code=status)
+def _error(status: int, code: str, message: str, retry_s: float = 0.0) -> JSONResponse:
+    error = {"status": status, "code": code, "message": message, **({"retry_s": retry_s} if retry_s else {})}
+    return JSONResponse({"error": error}, status_code=status)

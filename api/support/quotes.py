@@ -155,8 +155,22 @@ def _prices() -> prices.PriceList | None:
 
 
 def _alternatives(asked: Asked, quoted: Quoted, foresight: Foreseeing) -> list[dict[str, Any]]:
-    """Return what would help, each quoted."""
+    """Return what would help, each quoted, as far as there is time for quotes."""
     found: list[dict[str, Any]] = []
+    try:
+        _try_others(asked, quoted, foresight, found)
+    except SupportRefused as refused:
+        if refused.code != "quotes_used_up":
+            raise
+    promise = quoted.promise
+    if promise is not None and promise.position:
+        wait_s = round(max(0.0, (promise.start_p50 - promise.made_at) / 1e6), 3)
+        found.append({"kind": "later", "change": {"after_s": wait_s}})
+    return found
+
+
+def _try_others(asked: Asked, quoted: Quoted, foresight: Foreseeing, found: list[dict[str, Any]]) -> None:
+    """Add the alternatives that a quote of their own finds to help."""
     spec, promise = asked.spec, quoted.promise
     if promise is not None and asked.fewer_steps is not None:
         other = foresight.quote(asked.fewer_steps)
@@ -173,10 +187,6 @@ def _alternatives(asked: Asked, quoted: Quoted, foresight: Foreseeing) -> list[d
         other = foresight.quote(urgent)
         if _helps(other.promise, promise):
             found.append({"kind": "urgent_lane", "change": {"priority": URGENT_PRIORITY}, **_shown(urgent, other)})
-    if promise is not None and promise.position:
-        wait_s = round(max(0.0, (promise.start_p50 - promise.made_at) / 1e6), 3)
-        found.append({"kind": "later", "change": {"after_s": wait_s}})
-    return found
 
 
 def _helps(other: Promise | None, promise: Promise) -> bool:

@@ -11,7 +11,8 @@ import pytest
 
 from api.gateway import quote_tokens
 from api.gateway.fake import GatewayFake
-from api.gateway.relief import refused_for_now, retry_after
+from api.gateway.relief import refused_for_now
+from api.gateway.retry import retry_after
 from api.mq.port import QueueRefused
 
 BODY = {"method": "text_to_image", "parameters": {"prompt": "a red circle", "steps": 20}}

@@ -16,20 +16,20 @@ from prometheus_client import CollectorRegistry
 from api.mq.messages import encode_request
 from api.mq.port import REQUESTS
 from api.ports import SupportRefused
-from api.sm.foresight import LEAST_S, SHARE, LiveForesight
+from api.sm.foresight import LEAST_S, SHARE, LiveForesight, Quoted
 from api.sm.process import Scheduler, SchedulerConfig
 from api.state_dir import StateDir
 from api.support.drill import DrillWorld
 from api.support.intake import MAX_CREDIT_US, MethodDefaults
 from api.support.jobs import Model
-from api.support.quotes import Told, told_apart
+from api.support.quotes import Asked, Told, answer, told_apart
 from engine import profiles
 from engine.ahead.foresight import Promise
-from engine.events import NodeJoined, TaskSubmitted
+from engine.events import Event, NodeJoined, TaskSubmitted
 from engine.ports import NoForecast
 from engine.resources import Demand, GpuSpec, NodeSpec
 from engine.scheduler import Engine
-from engine.tasks import SECOND, TaskSpec, TaskType
+from engine.tasks import SECOND, URGENT_PRIORITY, TaskSpec, TaskType
 from predictors.forecaster import DeclaredForecaster
 
 
@@ -196,13 +196,68 @@ def test_looks_take_a_fiftieth_of_the_time_whatever_they_cost() -> None:
     ahead._foresight.look = slow  # type: ignore[method-assign]
     for number in range(8_000):
         now = number * 50_000
-        events = [NodeJoined(NodeSpec("n", (GpuSpec("g", "a100", 1),)))] if number == 0 else []
+        events: list[Event] = [NodeJoined(NodeSpec("n", (GpuSpec("g", "a100", 1),)))] if number == 0 else []
         events += [TaskSubmitted(TaskSpec(f"t{number}", "a", "", TaskType.GC, "sleep"))]
         ahead.step(now, events, engine.step(now, events))
         ahead.look_if_due()
         clock[0] += 0.05
     assert len(looks) / clock[0] == pytest.approx(SHARE, rel=0.15)
     assert min(later - earlier for earlier, later in itertools.pairwise(looks)) >= LEAST_S
+
+
+def test_quotes_take_a_fiftieth_of_the_time_and_say_when_there_will_be_more() -> None:
+    engine = Engine(profiles.load("fifo"))
+    clock = [0.0]
+    ahead = LiveForesight(engine, NoForecast(), CollectorRegistry(), clock=lambda: clock[0])
+    events: list[Event] = [NodeJoined(NodeSpec("n", (GpuSpec("g", "a100", 1),)))]
+    ahead.step(0, events, engine.step(0, events))
+    quote = ahead._foresight.quote
+    given: list[float] = []
+    waits: list[float] = []
+
+    def slow(*asked: Any) -> Any:
+        clock[0] += 0.3
+        given.append(clock[0])
+        return quote(*asked)
+
+    ahead._foresight.quote = slow  # type: ignore[method-assign,assignment]
+    spec = TaskSpec("asked", "a", "", TaskType.GC, "sleep")
+    while clock[0] < 1_000:
+        try:
+            ahead.quote(spec)
+        except SupportRefused as refused:
+            assert (refused.status, refused.code) == (503, "quotes_used_up")
+            waits.append(refused.retry_s)
+            clock[0] += refused.retry_s
+    assert len(given) * 0.3 / clock[0] == pytest.approx(SHARE, rel=0.15)
+    assert given[3] == pytest.approx(1.2), "a second of quotes was saved up"
+    assert all(0 < wait < 20 for wait in waits)
+
+
+class OneQuote:
+    """Foresight that has time for so many quotes."""
+
+    def __init__(self, living: Living, quotes: int) -> None:
+        self.outlook = living.scheduler.foresight.outlook
+        self.left = quotes
+
+    def quote(self, spec: TaskSpec) -> Quoted:
+        if not self.left:
+            raise SupportRefused(503, "quotes_used_up", "no time", 3.0)
+        self.left -= 1
+        return Quoted(Promise(0, 2, SECOND, SECOND, 2 * SECOND, 3 * SECOND), None, (), 1)
+
+
+def test_a_quote_is_given_without_its_alternatives_when_the_time_for_quotes_runs_out(living: Living) -> None:
+    asked = Asked.read(living.message(1.0, priority=URGENT_PRIORITY)[1], living.scheduler.core)
+
+    def kinds(quotes: int) -> list[str]:
+        return [each["kind"] for each in answer(asked, OneQuote(living, quotes))["alternatives"]]
+
+    assert kinds(3) == ["ordinary_lane", "later"]
+    assert kinds(1) == ["later"]
+    with pytest.raises(SupportRefused, match="no time"):
+        kinds(0)
 
 
 def test_a_reader_is_told_only_what_is_news() -> None:
