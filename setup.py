@@ -16,9 +16,8 @@ engine/levels/admission.py engine/levels/binding.py engine/levels/choice.py engi
 engine/levels/elasticity.py engine/levels/fleet.py engine/levels/models.py engine/levels/near.py
 engine/levels/preemption.py engine/levels/reactions.py engine/levels/room.py engine/levels/sharing.py
 engine/levels/urgent_slots.py engine/levels/victims.py engine/levels/waiting.py
-sim/attempts.py sim/caches.py sim/coverage.py sim/draws.py sim/due.py sim/gpu_ledger.py sim/maker.py sim/metrics.py sim/open_tasks.py
-sim/parts.py
-sim/pump.py sim/shares.py sim/sketches.py sim/world.py
+sim/attempts.py sim/caches.py sim/coverage.py sim/draws.py sim/due.py sim/gpu_ledger.py sim/maker.py sim/metrics.py
+sim/open_tasks.py sim/parts.py sim/pump.py sim/shares.py sim/sketches.py sim/world.py
 sim/jobs/core.py sim/jobs/line.py sim/jobs/nodes.py sim/jobs/processors.py sim/jobs/promise.py
 """.split()  # noqa: SIM905 - a list of files reads better as text
 
