@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sim.configuration import ConfigError, SimulationConfig
+from sim.run_lines import RunLines
 
 SCHEMA = 1
+_WHOLE = {"summary", "world", "workload_digest", "decisions_digest", "simulated_s", "wall_s"}
 _CODE = {"engine": "**/*.py", "predictors": "**/*.py", "sim": "*.py"}
-_NOT_OF_A_RUN = ("sim/report.py", "sim/plots.py", "sim/paired.py", "sim/sweep", "sim/likeness.py")
+_NOT_OF_A_RUN = ("sim/report.py", "sim/plots.py", "sim/paired.py", "sim/run_lines.py", "sim/sweep", "sim/likeness.py")
 
 
 class Store:
@@ -29,59 +30,23 @@ class Store:
         self.lines: dict[str, dict[str, Any]] = {}
         self.passed_over = 0
         """Lines of other code."""
-        torn = self._read(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"store: cannot write {path}: {error.strerror}; name a file that can be written"
-            ) from None
-        if torn:
-            os.write(self._file, b"\n")
+        self._file = RunLines(path, self._take, make_folder=True)
 
-    def _read(self, path: Path) -> bool:
-        """Take in what is there; True when the last line was cut off."""
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ConfigError(f"store: cannot read {path}: {error.strerror}; name a file, or remove it") from None
-        pieces = raw.split(b"\n")
-        for number, piece in enumerate(pieces, 1):
-            if not piece:
-                continue
-            try:
-                line = json.loads(piece)
-                schema, code, key = line["schema"], line["code"], line["key"]
-                complete = {"summary", "world", "workload_digest", "decisions_digest", "simulated_s", "wall_s"} <= set(
-                    line
-                )
-            except (ValueError, KeyError, TypeError):
-                if number == len(pieces) or piece.startswith(b'{"schema"'):
-                    continue
-                raise ConfigError(
-                    f"store: line {number} of {path} is no finished run; name another file, this one is of something else"
-                ) from None
-            if schema != SCHEMA or code != self._code or not complete:
-                self.passed_over += 1
-                continue
+    def _take(self, line: dict[str, Any]) -> None:
+        schema, code, key = line["schema"], line["code"], line["key"]
+        if schema != SCHEMA or code != self._code or not line.keys() >= _WHOLE:
+            self.passed_over += 1
+        else:
             self.lines[key] = line
-        return bool(pieces[-1])
 
     def add(self, key: str, line: dict[str, Any]) -> None:
         """Append one finished run: one write, on the disk before this returns."""
         self.lines[key] = line
-        text = json.dumps({"schema": SCHEMA, "code": self._code, "key": key, **line}, separators=(",", ":"))
-        left = memoryview(text.encode() + b"\n")
-        while left:
-            left = left[os.write(self._file, left) :]
-        os.fsync(self._file)
+        self._file.add({"schema": SCHEMA, "code": self._code, "key": key, **line})
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        self._file.close()
 
 
 def run_key(config: SimulationConfig) -> str:

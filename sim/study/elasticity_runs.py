@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -19,6 +18,7 @@ from engine.events import Event, TaskStarted, TaskSubmitted
 from engine.tasks import SECOND, Micros, TaskState
 from sim.configuration import ConfigError
 from sim.fleet import SimFleet
+from sim.run_lines import RunLines
 from sim.sweep_store import code_fingerprint
 from sim.world import SimWorld
 
@@ -130,18 +130,7 @@ class FinishedRuns:
     def __init__(self, path: Path | None, plan: ElasticityPlan) -> None:
         self.runs: dict[tuple[str, float, int], Run] = {}
         self._key = _key(plan) if path is not None else ""
-        self._file: int | None = None
-        if path is None:
-            return
-        torn = self._read(path)
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"store: cannot write {path}: {error.strerror}; name a file that can be written"
-            ) from None
-        if torn:
-            os.write(self._file, b"\n")
+        self._file = RunLines(path, self._take) if path is not None else None
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -152,45 +141,19 @@ class FinishedRuns:
     ) -> None:
         """Close the file."""
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
-    def _read(self, path: Path) -> bool:
-        """Take in what is there; True when the last line was cut off."""
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ConfigError(f"store: cannot read {path}: {error.strerror}; name a file, or remove it") from None
-        pieces = raw.split(b"\n")
-        for number, piece in enumerate(pieces, 1):
-            if not piece:
-                continue
-            try:
-                line = json.loads(piece)
-                if (line["schema"], line["key"]) != (SCHEMA, self._key):
-                    continue
-                run = _run_of(line["run"])
-            except (ValueError, KeyError, TypeError):
-                if number == len(pieces) or piece.startswith(b'{"schema"'):
-                    continue  # cut off when the study was
-                raise ConfigError(
-                    f"store: line {number} of {path} is no finished run; name another file, this one is of something else"
-                ) from None
+    def _take(self, line: dict[str, Any]) -> None:
+        if (line["schema"], line["key"]) == (SCHEMA, self._key):
+            run = _run_of(line["run"])
             self.runs[run.way, run.dial, run.seed] = run
-        return bool(pieces[-1])
 
     def add(self, run: Run) -> None:
         """Take in a finished run; it is on the disk before this returns."""
         self.runs[run.way, run.dial, run.seed] = run
-        if self._file is None:
-            return
-        text = json.dumps({"schema": SCHEMA, "key": self._key, "run": asdict(run)}, separators=(",", ":"))
-        left = memoryview(text.encode() + b"\n")
-        while left:
-            left = left[os.write(self._file, left) :]
-        os.fsync(self._file)
+        if self._file is not None:
+            self._file.add({"schema": SCHEMA, "key": self._key, "run": asdict(run)})
 
 
 def _run_of(values: dict[str, Any]) -> Run:
