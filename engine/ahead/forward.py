@@ -35,7 +35,10 @@ FLOW_SPREAD: Final = 0.8
 FLOWS: Final[list[float]] = [
     exp(FLOW_SPREAD * NormalDist().inv_cdf((int(f"{draw:04b}"[::-1], 2) + 0.5) / DRAWS)) for draw in range(DRAWS)
 ]
-"""By draw: what the rates are multiplied by. Bits reversed, so that every second or fourth draw alone covers the range as well."""
+"""By draw: what the rates are multiplied by. Bits reversed: every second draw alone has the lower half, every fourth the lowest quarter.
+
+Draws share runs where lines are long, and surges that made them so end; with the whole range long waits came out too long there.
+"""
 FIRST_BARE: Final = 4
 """How many lines without a Pod are looked at before a Pod serves on."""
 _NOBODY: Final = 1 << 60
