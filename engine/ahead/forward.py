@@ -35,7 +35,7 @@ FLOW_SPREAD: Final = 0.8
 FLOWS: Final[list[float]] = [
     exp(FLOW_SPREAD * NormalDist().inv_cdf((int(f"{draw:04b}"[::-1], 2) + 0.5) / DRAWS)) for draw in range(DRAWS)
 ]
-"""By draw: what the rates are multiplied by. Bits reversed: every second draw alone has the lower half, every fourth the lowest quarter.
+"""By draw: what the rates are multiplied by. With bits reversed every second draw has the lower half, every fourth a quarter.
 
 Draws share runs where lines are long, and surges that made them so end; with the whole range long waits came out too long there.
 """

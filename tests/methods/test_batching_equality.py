@@ -8,11 +8,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from drained import drained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from executors.batching.batch import RunningBatch
-from executors.batching.requests import Failed, Finished, KeptPicture, PictureRequest
+from executors.batching.requests import KeptPicture, PictureRequest
 from executors.methods import pipelines, sampling
 from executors.methods.base import ModelRef
 from executors.methods.parameters import SchedulerName
@@ -58,19 +59,6 @@ def plain(loaded: pipelines.LoadedPipeline, asked: PictureRequest, output: str =
     finally:
         loaded.pipe.scheduler = before
     return np.asarray(made[0], dtype=np.float64)
-
-
-def drained(batch: RunningBatch, steps: int = 1000) -> dict[str, Any]:
-    """Step until the batch is empty, or as often; returns the pictures by id."""
-    made: dict[str, Any] = {}
-    for _ in range(steps):
-        if not len(batch):
-            break
-        for event in batch.step():
-            assert not isinstance(event, Failed), event
-            if isinstance(event, Finished):
-                made[event.id] = np.asarray(event.picture, dtype=np.float64)
-    return made
 
 
 @pytest.mark.parametrize("scheduler", NAMES)

@@ -10,11 +10,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from drained import drained, paused_and_resumed
 from PIL import Image
 
 from executors.batching import packing
 from executors.batching.batch import RunningBatch
-from executors.batching.requests import Failed, Finished, PictureRequest, Previewed
+from executors.batching.requests import PictureRequest, Previewed
 from executors.methods import pipelines, sampling
 from executors.methods.base import InputRefused, ModelMissing, ModelRef
 from executors.methods.parameters import TextToImageParameters
@@ -65,28 +66,6 @@ def plain(loaded: pipelines.LoadedPipeline, asked: PictureRequest) -> Any:
         **given,
     ).images
     return np.asarray(made[0], dtype=np.float64)
-
-
-def drained(batch: RunningBatch, steps: int = 1000) -> dict[str, Any]:
-    """Step until the batch is empty, or as often; returns the pictures by id."""
-    made: dict[str, Any] = {}
-    for _ in range(steps):
-        if not len(batch):
-            break
-        for event in batch.step():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                made[event.id] = np.asarray(event.picture, dtype=np.float64)
-    return made
-
-
-def paused_and_resumed(batch: RunningBatch, asked: PictureRequest) -> Any:
-    batch.admit(asked)
-    for _ in range(2):
-        batch.step()
-    batch.resume(batch.pause(asked.id))
-    return drained(batch)[asked.id]
 
 
 KINDS = {

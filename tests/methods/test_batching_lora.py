@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drained import drained
 from safetensors.torch import save_file
 
 from executors.batching.batch import RunningBatch
 from executors.batching.lora import AdapterBank
-from executors.batching.requests import Finished, PictureRequest
+from executors.batching.requests import PictureRequest
 from executors.methods import adapters, pipelines
 from executors.methods.base import ModelMissing, ModelRef
 from executors.tiny import MODEL_DIR
@@ -72,13 +73,6 @@ def fused(
         )
     )
     return drained(batch)[asked.id]
-
-
-def drained(batch: RunningBatch) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    while len(batch):
-        made |= {e.id: np.asarray(e.picture, dtype=np.float64) for e in batch.step() if isinstance(e, Finished)}
-    return made
 
 
 @pytest.mark.parametrize("family", ["tiny", "sd", "sdxl"])

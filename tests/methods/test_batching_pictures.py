@@ -11,11 +11,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from drained import drained, paused_and_resumed
 from PIL import Image
 
 from executors.batching.batch import RunningBatch
 from executors.batching.controls import ControlNets
-from executors.batching.requests import ControlPicture, Failed, Finished, PictureRequest
+from executors.batching.requests import ControlPicture, PictureRequest
 from executors.methods import pipelines, sampling
 from executors.methods.base import InputRefused, ModelMissing, ModelRef
 from executors.methods.parameters import SchedulerName
@@ -108,28 +109,6 @@ def plain(loaded: pipelines.LoadedPipeline, asked: PictureRequest, controls: Con
     if shiftless:
         made = sampling.decode(loaded, made)
     return np.asarray(made[0], dtype=np.float64)
-
-
-def drained(batch: RunningBatch, steps: int = 1000) -> dict[str, Any]:
-    """Step until the batch is empty, or as often; returns the pictures by id."""
-    made: dict[str, Any] = {}
-    for _ in range(steps):
-        if not len(batch):
-            break
-        for event in batch.step():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                made[event.id] = np.asarray(event.picture, dtype=np.float64)
-    return made
-
-
-def paused_and_resumed(batch: RunningBatch, asked: PictureRequest, steps: int = 2) -> Any:
-    batch.admit(asked)
-    for _ in range(steps):
-        batch.step()
-    batch.resume(batch.pause(asked.id))
-    return drained(batch)[asked.id]
 
 
 @pytest.mark.parametrize("scheduler", NAMES)
