@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def compare_here(
     """Run a workload for real on this machine and judge the simulator by it.
 
     Half of the calibrating tasks run before the judged run and half after it, each on a platform of its own: what changes on the
-    machine meanwhile is then not taken for a fault of the simulator.
+    machine meanwhile is then not taken for a fault of the simulator. They begin when every node has finished a task: those that
+    wait for the first Pods would all run at once afterwards, each slower than at the load that was asked for.
 
     Raises `sim.fidelity.FidelityError`, `sim.calibration.CalibrationError`, `engine.profiles.InvalidProfile`, RealRunFailed.
     """
@@ -66,8 +67,9 @@ def compare_here(
     used = str(path.resolve()) if named else profile
     half = max(2, calibration_tasks // 2)
     ahead = draw_jobs(workload, half, nodes, load, seed + _CALIBRATION_SEEDS)
-    before = run_real(ahead, nodes, used, _part(on_progress, 0.0, 0.15, "calibrating"))
-    runs = [task.finished - task.started for task in observe(before.records).tasks]
+    before = run_real(ahead, nodes, used, _part(on_progress, 0.0, 0.15, "calibrating"), standing=True)
+    seen = observe(before.records).tasks
+    runs = [task.finished - task.started for task in seen[nodes:] or seen]
     # How long pictures take depends on the machine: only now can their arrivals be set for the load that was asked for.
     mean_s = sum(runs) / len(runs) / SECOND if runs and workload == "tiny" else None
     jobs = draw_jobs(workload, tasks, nodes, load, seed, mean_s)
@@ -75,7 +77,7 @@ def compare_here(
     judged = run_real(jobs, nodes, used, _part(on_progress, 0.15, 0.8, "judged run"))
     busy = max(busy, os.getloadavg()[0])
     behind = draw_jobs(workload, half, nodes, load, seed + 2 * _CALIBRATION_SEEDS, mean_s)
-    after = run_real(behind, nodes, used, _part(on_progress, 0.8, 0.95, "calibrating"))
+    after = run_real(behind, nodes, used, _part(on_progress, 0.8, 0.95, "calibrating"), standing=True)
     about = Run(workload, known, seed, nodes, load, os.cpu_count() or 1, busy)
     calibrating = [*before.records, *after.records]
     return judge(about, calibrating, judged.records, replications, _part(on_progress, 0.95, 1.0, "simulating"))
@@ -101,12 +103,21 @@ class RealRun:
     """Jobs by their state at the end."""
 
 
-def run_real(jobs: Sequence[DrawnJob], nodes: int, profile: str, on_progress: Progress | None = None) -> RealRun:
-    """Run jobs at their moments on `nodes` agents with one CPU slot each, from a cold start; raises RealRunFailed."""
+def run_real(
+    jobs: Sequence[DrawnJob], nodes: int, profile: str, on_progress: Progress | None = None, *, standing: bool = False
+) -> RealRun:
+    """Run jobs at their moments on `nodes` agents with one CPU slot each; raises RealRunFailed.
+
+    From a cold start, or, `standing`, when the first jobs have run, one on each node at the same time.
+    """
     with tempfile.TemporaryDirectory(prefix="fidelity-") as home:
         state = Path(home) / "state"
         with _platform(state, nodes, profile) as client:
-            states = _play(client, jobs, on_progress)
+            states: dict[str, str] = {}
+            if standing:
+                states = _play(client, [replace(job, at_s=0.0) for job in jobs[:nodes]])
+                jobs = [replace(job, at_s=job.at_s - jobs[nodes].at_s) for job in jobs[nodes:]]
+            states |= _play(client, jobs, on_progress)
         _, records = read_journal(state / "journal.db", from_start=True)
     counted: dict[str, int] = {}
     for value in states.values():
@@ -137,7 +148,7 @@ def _platform(state: Path, nodes: int, profile: str) -> Iterator[GatewayClient]:
         supervisor.stop()
 
 
-def _play(client: GatewayClient, jobs: Sequence[DrawnJob], on_progress: Progress | None) -> dict[str, str]:
+def _play(client: GatewayClient, jobs: Sequence[DrawnJob], on_progress: Progress | None = None) -> dict[str, str]:
     began = time.monotonic()
     sent: list[Future[Any]] = []
     with ThreadPoolExecutor(_SENDERS) as senders:

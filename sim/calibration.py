@@ -156,6 +156,26 @@ def measured_hardware(calibration: Calibration, nodes: Sequence[NodeSpec]) -> Ha
     )
 
 
+def shared_as_measured(hardware: Hardware, records: Iterable[StepRecord]) -> Hardware:
+    """Return the cluster with company in a Pod costing a run what the journal's Pods measured; as it is where none shared steps."""
+    tasks: dict[str, TaskSpec] = {}
+    excess = company = 0.0
+    shared: TaskSpec | None = None
+    for record in records:
+        for event in record.events:
+            if isinstance(event, TaskSubmitted):
+                tasks[event.task.req_no] = event.task
+            elif isinstance(event, TaskFinished) and event.company_permille and event.alone_us > 0:
+                excess += max(0.0, event.run_us / event.alone_us - 1.0)
+                company += event.company_permille / 1000
+                shared = tasks.get(event.req_no, shared)
+    if shared is None or not company:
+        return hardware
+    row, _ = hardware.batch_row(shared, True)
+    whole = hardware.stretches(hardware.reference_gpu, [row, row])[0] - 1.0
+    return replace(hardware, recorded_gpu_share=min(1.0, excess / company / whole)) if whole > 0 else hardware
+
+
 @dataclass(frozen=True, slots=True)
 class MeasuredStarts:
     """Pods start as those of a measured journal did: one of its times, drawn; a `sim.hardware.PodStarts`."""
@@ -231,7 +251,10 @@ def run_ratios(
 def _runs(
     records: Sequence[StepRecord], forecaster: OnlineForecaster, gpu_model: str
 ) -> Iterator[tuple[TaskSpec, AttemptKey, Micros, Micros]]:
-    """Yield each finished attempt's task, key, run time and the median that the forecaster expects."""
+    """Yield each finished attempt's task, key, run time alone in its Pod and the median that the forecaster expects.
+
+    What company costs in a Pod of several slots is the simulated world's to add.
+    """
     tasks: dict[str, TaskSpec] = {}
     now = forecaster.predictor.watermark_us
     for record in records:
@@ -241,7 +264,8 @@ def _runs(
             elif isinstance(event, TaskFinished) and event.run_us and event.req_no in tasks:
                 task = tasks[event.req_no]
                 usual_us = forecaster.predictor.at(forecaster.predict(task, now, gpu_model), (0.5,))[0]
-                yield task, (event.req_no, event.attempt, event.rank), event.run_us, usual_us
+                alone_us = min(event.run_us, event.alone_us or event.run_us)
+                yield task, (event.req_no, event.attempt, event.rank), alone_us, usual_us
 
 
 def _first_attempts(records: Sequence[StepRecord]) -> dict[AttemptKey, PodKind]:

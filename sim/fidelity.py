@@ -34,6 +34,7 @@ from sim.calibration import (
     measured_hardware,
     nodes_of,
     run_ratios,
+    shared_as_measured,
 )
 from sim.draws import choice, exponential, unit
 from sim.from_journal import StepRecord
@@ -297,7 +298,7 @@ def simulate_once(
     if not nodes:
         raise FidelityError("no node joined in the judged journal; the run needs at least one agent")
     forecaster = learned(calibrating)
-    hardware = measured_hardware(calibration, nodes)
+    hardware = shared_as_measured(measured_hardware(calibration, nodes), calibrating)
     longer = first_runs(calibrating, forecaster, hardware.reference_gpu)
     hardware = replace(hardware, first_runs=MeasuredFirstRuns(longer))
     ratios = run_ratios(calibrating, forecaster, hardware.reference_gpu)

@@ -40,6 +40,7 @@ from sim.calibration import (
     learned,
     measure,
     measured_hardware,
+    shared_as_measured,
 )
 from sim.draws import unit
 from sim.from_journal import workload_from_records
@@ -280,7 +281,7 @@ def run_forward(
     state = snapshot.restore(fork.state)
     joining, leaving = changed_nodes(state, change)
     up = [node.spec for node in state.cluster.nodes if node.up]
-    hardware = measured_hardware(fork.calibration, [*up, *joining])
+    hardware = shared_as_measured(measured_hardware(fork.calibration, [*up, *joining]), fork.history)
     forecaster = fork.forecaster()
     longer = first_runs(fork.history, forecaster, hardware.reference_gpu)
     hardware = replace(hardware, first_runs=MeasuredFirstRuns(longer))

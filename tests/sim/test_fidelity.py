@@ -10,12 +10,14 @@ import pytest
 import simpy
 
 from engine import profiles
+from engine.commands import CreatePod, StartTask
+from engine.events import NodeJoined, TaskFinished, TaskStarted, TaskSubmitted
 from engine.journal import MemoryJournal, Record
 from engine.resources import Demand, GpuSpec, NodeSpec
 from engine.scheduler import Engine
 from engine.tasks import SECOND, TaskSpec, TaskType
 from predictors.forecaster import OnlineForecaster
-from sim.calibration import CalibrationError, first_runs, learned, measure, nodes_of
+from sim.calibration import CalibrationError, first_runs, learned, measure, nodes_of, run_ratios, shared_as_measured
 from sim.fidelity import FidelityError, Run, draw_jobs, judge, observe, render
 from sim.fidelity_page import write_html
 from sim.hardware import Hardware
@@ -98,6 +100,43 @@ def test_slow_first_runs_in_pods_do_not_slow_every_run_of_the_simulation() -> No
     errors = {(row.task_type, row.measure): row.error_percent for row in report.rows}
     assert abs(errors["all", "mean run, s"]) < 3
     assert abs(errors["all", "mean completion, s"]) < 5
+
+
+def test_what_company_costs_in_a_pod_is_taken_from_the_journal_and_counted_once() -> None:
+    hardware = Hardware(NODES, reference_gpu="cpu")
+    commands = (CreatePod(1, "n0", "text_to_image", "tiny", (), Demand(), 4), *(_start(number) for number in range(40)))
+    submitted = tuple(TaskSubmitted(_picture(number)) for number in range(40))
+    # Each picture takes 0.2 s alone, and a quarter longer for each other in its Pod; every second one has two beside it.
+    ends = tuple(
+        TaskFinished(
+            f"p{number}",
+            1,
+            run_us=200_000 + number % 2 * 100_000,
+            alone_us=200_000,
+            company_permille=number % 2 * 2_000,
+        )
+        for number in range(40)
+    )
+    records = [
+        Record(1, 0, (NodeJoined(NODES[0]), *submitted), commands),
+        Record(2, 1_000, tuple(TaskStarted(f"p{number}", 1) for number in range(40)), ()),
+        Record(3, 2_000_000, ends, ()),
+    ]
+    shared = shared_as_measured(hardware, records)
+    row, share = shared.batch_row(_picture(0), True)
+    assert 1 + share * (shared.stretches("cpu", [row] * 3)[0] - 1) == pytest.approx(1.5, rel=0.01)
+    forecaster = learned(records)
+    ratios = run_ratios(records, forecaster, "cpu")["text_to_image", TaskType.GC]
+    assert max(ratios) == pytest.approx(min(ratios)), "alone all of them take the same"
+    assert shared_as_measured(hardware, journal_of(7, tasks=10)) is hardware
+
+
+def _picture(number: int) -> TaskSpec:
+    return TaskSpec(f"p{number}", "t", "", TaskType.GC, "text_to_image", "tiny", features=(("steps", 8),))
+
+
+def _start(number: int) -> StartTask:
+    return StartTask(f"p{number}", 1, 1, "n0")
 
 
 def test_what_has_hardly_run_but_once_in_a_pod_is_learned_from_all_the_same() -> None:
