@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import pod_bench
 import psutil
 import pytest
 
@@ -19,25 +18,23 @@ from executors.devices.file import FilePlugin
 from executors.dfs import open_store
 from executors.pod_watch import Patience
 from executors.pods import LocalPodHost
-from executors.ports import AttemptFailed, AttemptFinished, AttemptProgressed, PodDown, PodOrder, PodReport, PodUp
+from executors.ports import AttemptFailed, AttemptFinished, AttemptProgressed, PodDown, PodOrder, PodUp
 
-GENEROUS_S = 60.0
 DRILLS = {
     name: f"failure_drills:{name}"
     for name in ("Freezes", "StoppedShort", "Unpaced", "Segfaults", "Raises", "ExitsWith")
 }
-Report = TypeVar("Report", bound=PodReport)
 
 
-class Bench:
+class Bench(pod_bench.Bench):
     """A Pod host on GPUs of a file, and what it has reported so far."""
 
     def __init__(self, root: Path, patience: Patience) -> None:
         self.gpus = root / "gpus.json"
         self.have("gpu-a", "gpu-b")
         store = open_store(f"file://{root}/files")
-        self.host = LocalPodHost(FilePlugin(self.gpus), store, root / "work", methods=DRILLS, patience=patience)
-        self.seen: list[PodReport] = []
+        host = LocalPodHost(FilePlugin(self.gpus), store, root / "work", methods=DRILLS, patience=patience)
+        super().__init__(host, store, root / "work")
 
     def have(self, *uuids: str, ill: Sequence[str] = ()) -> None:
         """Edit the inventory while the host runs."""
@@ -45,26 +42,6 @@ class Bench:
         scratch = self.gpus.with_suffix(".new")
         scratch.write_text(json.dumps({"gpus": gpus}))
         scratch.replace(self.gpus)
-
-    def until(self, done: Callable[[], bool], why: str) -> None:
-        deadline = time.monotonic() + GENEROUS_S
-        while not done():
-            assert time.monotonic() < deadline, f"waited in vain for {why}; seen: {self.seen}"
-            poller = select.poll()
-            for descriptor in self.host.filenos():
-                poller.register(descriptor, select.POLLIN)
-            poller.poll(20)
-            self.seen.extend(self.host.take())
-
-    def expect(self, kind: type[Report], count: int = 1) -> Report:
-        found = [report for report in self.seen if isinstance(report, kind)]
-
-        def there() -> bool:
-            found[:] = [report for report in self.seen if isinstance(report, kind)]
-            return len(found) >= count
-
-        self.until(there, f"{count} x {kind.__name__}")
-        return found[count - 1]
 
     def run(self, method: str, gpu: str = "gpu-a", **parameters: Any) -> None:
         self.host.create(PodOrder(1, method, gpus=(gpu,)))
