@@ -70,14 +70,12 @@ class CapacityChecked:
 class Fleet:
     """The part of the state that tells how many nodes there may be, how many GPUs were in use, and what is expected."""
 
-    __slots__ = ("asked", "changed_at", "config", "forecast", "forecast_at", "looked_at", "mean_use", "peaks")
+    __slots__ = ("asked", "config", "forecast", "forecast_at", "looked_at", "mean_use", "peaks")
 
     def __init__(self) -> None:
         self.config: FleetConfigured | None = None
         self.forecast: DemandForecast | None = None
         self.forecast_at: Micros = 0
-        self.changed_at: Micros = 0
-        """When the number of nodes that are wanted changed last."""
         self.peaks: list[tuple[Micros, int]] = []
         """(when, thousandths of GPUs in use), later ones smaller: the first is the peak of the cool-down."""
         self.looked_at: Micros = 0

@@ -142,7 +142,6 @@ def _expect(state: State, node: Node, model: str, now: Micros) -> None:
 
 def scale_nodes(state: State, now: Micros, c: ScaleNodes) -> None:
     """The number of nodes asked for."""
-    state.fleet.changed_at = now
     if c.nodes > state.wanted_nodes:
         state.fleet.note_asked(now, c.nodes)
     state.wanted_nodes = c.nodes

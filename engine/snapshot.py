@@ -134,14 +134,14 @@ def _loads(state: State) -> dict[str, Plain]:
 
 
 def _capacity(state: State) -> dict[str, Plain]:
-    """Nothing where there is neither a fleet nor a forecast."""
+    """Nothing where there is neither a fleet nor a forecast. The fourth entry is of older versions, which asked when a change was."""
     fleet = state.fleet
     if fleet.config is None and fleet.forecast is None and not fleet.peaks:
         return {}
     config, forecast = to_plain(fleet.config), to_plain(fleet.forecast)
     peaks = [list(each) for each in fleet.peaks]
     use = [fleet.looked_at, fleet.mean_use, [list(each) for each in fleet.asked]]
-    return {"fleet": [config, forecast, fleet.forecast_at, fleet.changed_at, peaks, *use]}
+    return {"fleet": [config, forecast, fleet.forecast_at, 0, peaks, *use]}
 
 
 def _faults(state: State) -> dict[str, Plain]:
@@ -273,7 +273,7 @@ def from_data(data: Plain) -> State:
 
 def _restore_capacity(state: State, data: Plain) -> None:
     fleet = state.fleet
-    config, forecast, fleet.forecast_at, fleet.changed_at, peaks, *use = data
+    config, forecast, fleet.forecast_at, _, peaks, *use = data
     fleet.config = None if config is None else from_plain(FleetConfigured, config)
     fleet.forecast = None if forecast is None else from_plain(DemandForecast, forecast)
     fleet.peaks = [(at, used) for at, used in peaks]
