@@ -134,7 +134,7 @@ def _loads(state: State) -> dict[str, Plain]:
 
 
 def _capacity(state: State) -> dict[str, Plain]:
-    """Nothing where there is neither a fleet nor a forecast. The fourth entry is of older versions, which asked when a change was."""
+    """Nothing where there is neither a fleet nor a forecast. Of the fourth entry only older versions know."""
     fleet = state.fleet
     if fleet.config is None and fleet.forecast is None and not fleet.peaks:
         return {}
